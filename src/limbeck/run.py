@@ -1,0 +1,293 @@
+"""A run is a folder: every stage's result lies in it beside a manifest of what it was made from.
+
+A stage is skipped when the fingerprint of its inputs has not changed and its files still have
+their checksums. A stage that was killed finds its folder as it left it (`resume`) as long as its
+inputs are the same; otherwise the folder is emptied first. Files are written aside, flushed and
+renamed, so that a reader never sees half of one.
+
+    recipe.yaml          the resolved recipe; `limbeck distill DIR/recipe.yaml` repeats the run
+    STAGE/stage.json     fingerprint of the inputs, sha256 of each file, seconds, energy
+    STAGE/...            the result
+    metrics/NAME.jsonl   training curves, one object a line
+    report.{json,md,html}
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from limbeck.errors import DamagedError, RunFolderError
+from limbeck.recipe import Recipe
+from limbeck.recipe_file import differences, dump_recipe, fingerprint, load_recipe
+
+_SCHEMA = 1  # of stage.json; a change makes every stage run again
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Watt-hours of a stage and where the number is from."""
+
+    watt_hours: float | None
+    source: str  # 'measured: ...', 'estimated: ...' or 'not metered'
+
+
+class Meter(Protocol):
+    def read(self) -> Energy: ...  # since the run began; called around each stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """One line of the report's ledger. A reused stage keeps the cost of when it was made."""
+
+    name: str
+    seconds: float
+    energy_wh: float | None
+    energy_source: str
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A finished stage: where it lies, and a digest of its content for whoever builds on it."""
+
+    folder: Path
+    digest: str
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+class Run:
+    """The only thing that changes: a folder, and the ledger of what this process did in it."""
+
+    def __init__(self, folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.stages: list[StageRecord] = []
+        self._meter, self._repair = meter, repair
+        self._listeners: list[Callable[[str, bool], None]] = []
+
+    def on_stage(self, listener: Callable[[str, bool], None]) -> None:
+        """Call `listener(name, reused)` when a stage begins."""
+        self._listeners.append(listener)
+
+    def stage(self, name: str, inputs: Any, make: Callable[[Path], None]) -> Made:
+        """The result of `make(folder)`, made now or when these inputs were last seen.
+
+        `make` gets the stage's folder, which holds what an interrupted earlier try left there.
+        Raises DamagedError if stored files no longer have their checksums (or, with repair, makes
+        them again).
+        """
+        folder = self.folder / name
+        wanted = fingerprint(_SCHEMA, name, inputs)
+        record = _read_record(folder / "stage.json")
+        if record and record["fingerprint"] == wanted:
+            damaged = _first_damaged(folder, record["files"])
+            if damaged is None:
+                self._tell(name, record, reused=True)
+                return Made(folder, record["digest"])
+            self._refuse_or_repair(folder, damaged)
+        with disk_errors(folder):
+            return self._make(name, folder, wanted, make)
+
+    def _make(self, name: str, folder: Path, wanted: str, make: Callable[[Path], None]) -> Made:
+        begun = _read_record(folder / "begun.json")
+        if folder.exists() and (begun is None or begun["fingerprint"] != wanted):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spent = begun["seconds"] if begun and begun["fingerprint"] == wanted else 0.0
+        for listener in self._listeners:
+            listener(name, False)
+        write_json(folder / "begun.json", {"fingerprint": wanted, "seconds": spent})
+        before, start = self._meter.read(), time.monotonic()
+        try:
+            make(folder)
+        except BaseException:
+            seconds = spent + time.monotonic() - start
+            if folder.exists():
+                with _ignore_full_disk():
+                    write_json(folder / "begun.json", {"fingerprint": wanted, "seconds": seconds})
+            raise
+        after = self._meter.read()
+        used = None
+        if before.watt_hours is not None and after.watt_hours is not None:
+            used = after.watt_hours - before.watt_hours
+        (folder / "begun.json").unlink()
+        files = {
+            str(path.relative_to(folder)): file_sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "stage.json"
+        }
+        record = {
+            "fingerprint": wanted,
+            "digest": fingerprint(files),
+            "files": files,
+            "seconds": round(spent + time.monotonic() - start, 3),
+            "energy_wh": used,
+            "energy_source": after.source,
+        }
+        write_json(folder / "stage.json", record)
+        self._tell(name, record, reused=False)
+        return Made(folder, record["digest"])
+
+    def _tell(self, name: str, record: Mapping[str, Any], *, reused: bool) -> None:
+        if reused:
+            for listener in self._listeners:
+                listener(name, True)
+        self.stages.append(
+            StageRecord(
+                name=name,
+                seconds=record["seconds"],
+                energy_wh=record["energy_wh"],
+                energy_source=record["energy_source"],
+                reused=reused,
+            )
+        )
+
+    def _refuse_or_repair(self, folder: Path, damaged: str) -> None:
+        if not self._repair:
+            raise DamagedError(
+                str(folder / damaged), "its content no longer has the recorded sha256",
+                fix="run again with --repair to make this stage anew",
+            )  # fmt: skip
+        shutil.rmtree(folder)
+
+    @property
+    def repair(self) -> bool:
+        return self._repair
+
+
+@contextmanager
+def open_run(
+    folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False
+) -> Iterator[Run]:
+    """The run in this folder, locked against a second process.
+
+    Raises RunFolderError if the folder holds another recipe (another task, data, teacher or seed),
+    or something else entirely, or is in use. Other settings may change: what depends on them is
+    made again.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        _same_recipe_or_refuse(folder, load_recipe(path)[0], recipe)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(
+            f"--out {folder}", "exists and is not a run folder",
+            allowed="a new or empty folder, or one that holds this recipe's run",
+            fix="choose another --out",
+        )  # fmt: skip
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"--out {folder}", "another process is working in it", fix="wait for it to end"
+                ) from None
+            write_text(path, dump_recipe(recipe))
+            yield Run(folder, recipe, meter, repair=repair)
+
+
+def _same_recipe_or_refuse(folder: Path, old: Recipe, new: Recipe) -> None:
+    """Another seed, task, data or teacher is another run; anything else is a change of this one."""
+    keys = {"name", "seed", "task", "data", "teacher"}
+    for where, before, now in differences(
+        old.model_dump(mode="json", include=keys), new.model_dump(mode="json", include=keys)
+    ):
+        raise RunFolderError(
+            f"--out {folder}", f"holds another recipe's run: {where} is {before!r} there, {now!r} here",
+            allowed="changes of students, distill, evidence, export and measure",
+            fix="choose another --out",
+        )  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """All of it or nothing: written aside, flushed, renamed."""
+    with replaced(path) as aside, aside.open("wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes `path`'s place, whole, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full or read-only disk as a sentence. What was finished before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFolderError(
+                str(error.filename or folder), "the disk is full",
+                fix="free some space and run the same command again: it goes on where it stopped",
+            ) from error  # fmt: skip
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise RunFolderError(
+                str(error.filename or folder), "cannot be written", fix="choose another --out"
+            ) from error
+        raise
+
+
+@contextmanager
+def _ignore_full_disk() -> Iterator[None]:
+    """The bookkeeping of a failed stage must not hide why it failed."""
+    try:
+        yield
+    except OSError:
+        pass
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None  # a damaged record is no record: the stage is made again
+    return record if isinstance(record, dict) and "fingerprint" in record else None
+
+
+def _first_damaged(folder: Path, files: Mapping[str, str]) -> str | None:
+    for name, sha256 in files.items():
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != sha256:
+            return name
+    return None
