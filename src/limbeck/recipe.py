@@ -96,6 +96,10 @@ class TrainingSpec(Spec):
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's; never on biases and norms."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer further from the output learns this much slower; 1 is no difference."""
+    head_factor: float = Field(1.0, gt=0, le=100)
+    """What stands behind the last layer learns this much faster."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
 

@@ -31,6 +31,7 @@ from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import differences, dump_recipe, fingerprint, load_recipe
 
+_NOTES = frozenset({"training.jsonl"})  # holds timings: checked, but not what a stage is made of
 _SCHEMA = 1  # of stage.json; a change makes every stage run again
 
 
@@ -130,7 +131,7 @@ class Run:
         }
         record = {
             "fingerprint": wanted,
-            "digest": fingerprint(files),
+            "digest": fingerprint({k: v for k, v in files.items() if k not in _NOTES}),
             "files": files,
             "seconds": round(spent + time.monotonic() - start, 3),
             "energy_wh": used,

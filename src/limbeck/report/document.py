@@ -195,7 +195,7 @@ class Capability(Spec):
 
 
 class Baselines(Spec):
-    """The same student made in other ways, at equal budget. Null: not trained."""
+    """The same student made in other ways, at equal budget, as the primary format."""
 
     hard_labels: Quality | None = None
     """Same start, same steps, no teacher."""

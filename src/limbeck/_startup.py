@@ -1,0 +1,26 @@
+"""Process settings that must stand before torch is imported. The user's own environment wins."""
+
+import ctypes
+import os
+
+# libgomp's threads spin at barriers: beside one other busy process every small op waits for a
+# whole time slice (9.4 s against 0.08 s for a loop of small ops).
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def keep_memory() -> None:
+    """Stop glibc from handing memory back at every training step and faulting it in again.
+
+    Measured on MiniLM, 32 x 64 tokens, two cores: 1,707 -> 1,413 ms a step, same peak memory.
+    Does nothing where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):
+        mallopt(option, value)

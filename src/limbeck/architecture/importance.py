@@ -1,0 +1,100 @@
+"""How much each unit and layer matters to the task, on examples of what must be kept.
+
+Units: first-order Taylor, (sum of weight x gradient over the unit's weights)^2, averaged over
+batches (Molchanov et al. 2019, arXiv:1906.10771, eq. 8). Layers: how much the loss rises when the
+layer is skipped. Only training rows are ever used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from limbeck.architecture.axes import Axis, Member, find_axis
+from limbeck.architecture.proof import skipped
+from limbeck.losses.divergence import cross_entropy
+from limbeck.progress import Progress
+from limbeck.run import replaced
+from limbeck.types import Batch
+
+_LAYER = "layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    units: Mapping[str, Tensor]  # group name -> (units,), more is more important
+    layers: Tensor  # (L,) rise of the loss in nats when the layer is skipped; empty without layers
+
+    def save(self, path: Path) -> None:
+        with replaced(path) as aside:
+            save_file({f"units.{k}": v for k, v in self.units.items()} | {_LAYER: self.layers}, aside)
+
+
+def load_importance(path: Path) -> Importance:
+    tensors = load_file(path)
+    units = {k.removeprefix("units."): v for k, v in tensors.items() if k != _LAYER}
+    return Importance(units, tensors[_LAYER])
+
+
+def importance(
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress
+) -> Importance:
+    """Scores on these batches. The model's gradients are cleared; its weights are untouched."""
+    model.eval()
+    layers = find_axis(axes, "layers")
+    steps = len(batches) * (2 + (layers.size if layers else 0))
+    with progress.bar("importance", steps, "passes") as bar:
+        units = {
+            group.name: torch.zeros(group.units) for axis in axes for group in axis.groups
+        }
+        for batch in batches:
+            model.zero_grad(set_to_none=True)  # per batch: running sums are not scores
+            _loss(model, batch).backward()
+            _add_taylor(units, model, axes)
+            bar.advance(2)
+        model.zero_grad(set_to_none=True)
+        units = {name: score / len(batches) for name, score in units.items()}
+        rises = []
+        if layers is not None:
+            with torch.inference_mode():
+                plain = sum(_loss(model, batch).item() for batch in batches)
+                for i in range(layers.size):
+                    with skipped(model, layers.pattern.format(i)):
+                        total = sum(_loss(model, batch).item() for batch in batches)
+                    rises.append((total - plain) / len(batches))
+                    bar.advance(len(batches))
+    return Importance(units, torch.tensor(rises))
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return cross_entropy(model(**batch.inputs).logits, batch.labels).mean()
+
+
+def _add_taylor(units: dict[str, Tensor], model: nn.Module, axes: Sequence[Axis]) -> None:
+    parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
+    for axis in axes:
+        for group in axis.groups:
+            total = torch.zeros(group.units)
+            for member in group.members:
+                parameter = parameters.get(member.parameter)
+                if parameter is None or parameter.grad is None:
+                    continue
+                product = (parameter.detach() * parameter.grad).movedim(member.dim, 0)
+                total += _per_unit(product.flatten(1).sum(1) if product.dim() > 1 else product,
+                                   member, group.units)  # fmt: skip
+            units[group.name] += total.square()
+
+
+def _per_unit(channels: Tensor, member: Member, units: int) -> Tensor:
+    """Sum of each unit's channels. (width,) -> (units,)."""
+    total, start = torch.zeros(units), 0
+    for times in member.segments:
+        width = units * member.block * times
+        total += channels[start : start + width].view(units, -1).sum(1)
+        start += width
+    return total

@@ -1,0 +1,1 @@
+"""Mathematics only: one value per position, in nats. `objective` does the bookkeeping."""

@@ -1,0 +1,48 @@
+"""One pass of the teacher over the training rows, into a store, from wherever it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from limbeck.errors import DataError
+from limbeck.progress import Progress
+from limbeck.signals.store import Writer
+from limbeck.types import Batch, Need, Teacher
+
+_SHARD = 1024  # rows; what a kill can cost at most
+_BATCH = 64
+
+
+class Rows(Protocol):
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: range) -> Batch: ...
+
+
+def capture(
+    teacher: Teacher,
+    rows: Rows,
+    folder: Path,
+    *,
+    made_from: Mapping[str, Any],
+    progress: Progress,
+) -> None:
+    """Write the teacher's logits on every row. Continues behind the last whole shard."""
+    if Need.LOGITS not in teacher.provides:
+        raise DataError("teacher", f"provides {sorted(teacher.provides)}", allowed="logits")
+    writer = Writer(folder, made_from)
+    with progress.bar("capture", len(rows), "examples", done=writer.rows) as bar:
+        for start in range(writer.rows, len(rows), _SHARD):
+            ids, logits = [], []
+            for at in range(start, min(start + _SHARD, len(rows)), _BATCH):
+                batch = rows.batch(range(at, min(at + _BATCH, start + _SHARD, len(rows))))
+                found = teacher.signal(batch, frozenset({Need.LOGITS})).logits
+                assert found is not None
+                ids.append(batch.example_ids)
+                logits.append(found)
+                bar.advance(len(batch.example_ids))
+            writer.append(torch.cat(ids), torch.cat(logits))

@@ -1,0 +1,156 @@
+"""Rows of text and label from CSV, TSV, JSON lines, Parquet or a folder of folders of text."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import DataError
+from limbeck.recipe import DataSpec
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+_LISTED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    texts: list[str]
+    labels: list[str]
+    groups: list[str] | None
+
+
+def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
+    """Raises DataError for an unknown kind of file, a missing column, an empty value, no rows."""
+    wanted = [spec.text, spec.label, *([spec.group] if spec.group else [])]
+    texts: list[str] = []
+    labels: list[str] = []
+    groups: list[str] = []
+    for number, row in enumerate(_rows(path, spec, wanted, where), start=1):
+        text, label = row[spec.text], row[spec.label]
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{where}, row {number}", f"{spec.text} is {text!r}", allowed="text",
+                fix="remove or mend the row",
+            )  # fmt: skip
+        if label is None or not str(label).strip():
+            raise DataError(
+                f"{where}, row {number}", f"{spec.label} is {label!r}", allowed="a label",
+                fix="remove or mend the row",
+            )  # fmt: skip
+        texts.append(text)
+        labels.append(str(label))
+        if spec.group:
+            groups.append(str(row[spec.group]))
+    if not texts:
+        raise DataError(where, f"{path.name} has no rows", fix="name a file that has some")
+    return Table(texts, labels, groups if spec.group else None)
+
+
+def _rows(
+    path: Path, spec: DataSpec, wanted: Sequence[str], where: str
+) -> Iterator[dict[str, Any]]:
+    if path.is_dir():
+        return _folder_rows(path, spec, where)
+    suffix = path.suffix.lower()
+    if suffix not in _DELIMITERS and (spec.columns is not None or spec.skip_rows):
+        raise DataError(
+            where, f"columns and skip_rows have no effect on {path.name}", fix="remove them"
+        )
+    if suffix in _DELIMITERS:
+        return _delimited_rows(path, _DELIMITERS[suffix], spec, wanted, where)
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_rows(path, wanted, where)
+    if suffix == ".parquet":
+        return _parquet_rows(path, wanted, where)
+    raise DataError(
+        where, f"{path.name} is of no known kind",
+        allowed=".csv, .tsv, .tab, .jsonl, .parquet or a folder with one subfolder per label",
+    )  # fmt: skip
+
+
+def _delimited_rows(
+    path: Path, delimiter: str, spec: DataSpec, wanted: Sequence[str], where: str
+) -> Iterator[dict[str, Any]]:
+    # a .tab or .tsv line is split at tabs alone; quotes in it are text
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            for _ in range(spec.skip_rows):
+                next(file, None)
+            lines = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            columns = list(spec.columns) if spec.columns else next(lines, [])
+            _require(wanted, columns, where)
+            for number, line in enumerate(lines, start=1):
+                if not line:
+                    continue
+                if len(line) != len(columns):
+                    raise DataError(
+                        f"{where}, row {number}",
+                        f"{len(line)} fields", allowed=f"{len(columns)}: {', '.join(columns)}",
+                        fix="mend the row; or check `columns` and `skip_rows`",
+                    )  # fmt: skip
+                yield dict(zip(columns, line, strict=True))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                where, f"{path.name} is not UTF-8 text at byte {error.start}", fix="convert it"
+            ) from None
+        except csv.Error as error:
+            raise DataError(where, f"{path.name} is not readable as CSV: {error}") from None
+
+
+def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}, line {number}", f"not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}, line {number}", "not an object", allowed='{"text": ...}')
+            _require(wanted, list(row), f"{where}, line {number}")
+            yield row
+
+
+def _parquet_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        _require(wanted, file.schema_arrow.names, where)
+        for batch in file.iter_batches(columns=list(wanted)):
+            yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(where, f"{path.name} is not readable as Parquet: {error}") from None
+
+
+def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, Any]]:
+    folders = sorted(child for child in path.iterdir() if child.is_dir())
+    if not folders:
+        raise DataError(where, f"{path} has no subfolders", allowed="one subfolder per label")
+    for folder in folders:
+        files = sorted(folder.glob("*.txt"))
+        if not files:
+            raise DataError(where, f"{folder} holds no .txt file", fix="fill or remove it")
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="strict")
+            yield {spec.text: text, spec.label: folder.name, spec.group: file.name}
+
+
+def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
+    for name in wanted:
+        if name not in columns:
+            close = difflib.get_close_matches(name, columns, 1)
+            listed = ", ".join(columns[:_LISTED]) + (", ..." if len(columns) > _LISTED else "")
+            raise DataError(
+                where, f"no column {name!r}", allowed=f"its columns: {listed or 'none'}",
+                fix=f"did you mean {close[0]!r}?" if close else "set data.text, data.label",
+            )  # fmt: skip

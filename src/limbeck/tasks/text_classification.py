@@ -1,0 +1,218 @@
+"""Text classification: rows of text are split, tokenised once, and served as padded batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from limbeck.errors import DataError
+from limbeck.recipe import Recipe
+from limbeck.run import replaced, write_json
+from limbeck.tasks.tables import Table, read_table
+from limbeck.types import Batch
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split. A row's id is its line in the file it came from, stable across epochs."""
+
+    ids: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64
+    tokens: tuple[np.ndarray, ...]  # N arrays of token ids, int32, cut to max_tokens
+    texts: tuple[str, ...]  # what those tokens cover
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """Padded on the right to the longest; (B, T)."""
+        longest = max(len(self.tokens[i]) for i in positions)
+        ids = torch.full((len(positions), longest), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(positions), longest), dtype=torch.long)
+        for row, i in enumerate(positions):
+            length = len(self.tokens[i])
+            ids[row, :length] = torch.from_numpy(self.tokens[i].astype(np.int64))
+            mask[row, :length] = 1
+        at = np.asarray(positions)
+        return Batch(
+            inputs={"input_ids": ids, "attention_mask": mask},
+            labels=torch.from_numpy(self.labels[at]),
+            mask=torch.ones(len(positions), dtype=torch.bool),
+            example_ids=torch.from_numpy(self.ids[at]),
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All rows once, in order."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(range(start, min(start + batch_size, len(self))))
+
+    def sample(self, n: int | None, *, seed: int) -> Rows:
+        """n rows drawn at random, in file order; all of them where n is None or too large."""
+        if n is None or n >= len(self):
+            return self
+        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
+        tokens, texts = tuple(self.tokens[i] for i in at), tuple(self.texts[i] for i in at)
+        return Rows(self.ids[at], self.labels[at], tokens, texts, self.pad_id)
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """Prepared data in a folder: one Parquet file per split and the label names."""
+
+    folder: Path
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return json.loads((self.folder / "data.json").read_text(encoding="utf-8"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.about["labels"])
+
+    def rows(self, split: str) -> Rows:
+        table = pq.read_table(self.folder / f"{split}.parquet")
+        tokens = table["tokens"].combine_chunks()
+        flat, ends = tokens.values.to_numpy(), tokens.offsets.to_numpy()
+        return Rows(
+            ids=table["id"].to_numpy(),
+            labels=table["label"].to_numpy(),
+            tokens=tuple(flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)),
+            texts=tuple(table["text"].to_pylist()),
+            pad_id=self.about["pad_id"],
+        )
+
+
+def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """A permutation that depends on the seed and the epoch alone, so that a resume needs no state."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def prepare(
+    recipe: Recipe, train: Path, test: Path | None, tokenizer_folder: Path, folder: Path
+) -> None:
+    """Read, check, split and tokenise; write `folder` for `TextClassification`.
+
+    Raises DataError for empty data, too few labels, or test labels that training never shows.
+    """
+    data = recipe.data
+    table = read_table(train, data, where="data.train")
+    everything = np.arange(len(table.texts))
+    if test is None:
+        assert data.test_fraction is not None  # the recipe checked it
+        held, kept = _split(table, everything, data.test_fraction, recipe.seed, "test")
+        test_table, test_at = table, held
+    else:
+        test_table, kept = read_table(test, data, where="data.test"), everything
+        test_at = np.arange(len(test_table.texts))
+    validation_at, train_at = _split(
+        table, kept, data.validation_fraction, recipe.seed, "validation"
+    )
+    train_at = _sample(train_at, data.max_train_rows, recipe.seed)
+    test_at = _sample(test_at, data.max_test_rows, recipe.seed)
+    labels = sorted({table.labels[i] for i in train_at})
+    _check_labels(labels, table, validation_at, "data.train (validation rows)")
+    _check_labels(labels, test_table, test_at, "data.test")
+    shared = len({table.texts[i] for i in train_at} & {test_table.texts[i] for i in test_at})
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=True)
+    for split, source, at in (
+        ("train", table, train_at),
+        ("validation", table, validation_at),
+        ("test", test_table, test_at),
+    ):
+        texts = [source.texts[i] for i in at]
+        tokens, cut = _encode(tokenizer, texts, recipe.task.max_tokens)
+        columns = {
+            "id": pa.array(at, pa.int64()),
+            "label": pa.array([labels.index(source.labels[i]) for i in at], pa.int64()),
+            "tokens": pa.array(tokens, pa.list_(pa.int32())),
+            "text": pa.array(cut, pa.string()),
+        }
+        with replaced(folder / f"{split}.parquet") as aside:
+            pq.write_table(pa.table(columns), aside)
+    about = {
+        "labels": labels,
+        "pad_id": tokenizer.pad_token_id or 0,
+        "rows": {"train": len(train_at), "validation": len(validation_at), "test": len(test_at)},
+        "texts_in_train_and_test": shared,
+    }
+    write_json(folder / "data.json", about)
+
+
+def _split(
+    table: Table, rows: np.ndarray, fraction: float, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(held out, kept); rows with the same group stay together."""
+    keys = [table.groups[i] if table.groups else str(i) for i in rows]
+    unique = sorted(set(keys))
+    random = np.random.default_rng((seed, len(purpose)))
+    random.shuffle(unique)
+    target, chosen, taken = math.ceil(fraction * len(rows)), set(), 0
+    sizes: dict[str, int] = {}
+    for key in keys:
+        sizes[key] = sizes.get(key, 0) + 1
+    for key in unique:
+        if taken >= target:
+            break
+        chosen.add(key)
+        taken += sizes[key]
+    held = np.array([key in chosen for key in keys])
+    if held.all() or not held.any():
+        raise DataError(
+            "data", f"{len(rows)} rows in {len(unique)} groups leave nothing to train on or to "
+            f"hold out for {purpose}", fix="give more data",
+        )  # fmt: skip
+    return rows[held], rows[~held]
+
+
+def _sample(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng((seed, 99)).permutation(rows)[:limit])
+
+
+def _check_labels(labels: Sequence[str], table: Table, rows: np.ndarray, where: str) -> None:
+    if len(labels) < 2:
+        raise DataError("data.train", f"the only label is {labels[0]!r}", allowed="two or more")
+    unknown = sorted({table.labels[i] for i in rows} - {*labels})
+    if unknown:
+        raise DataError(
+            where, f"labels that the training rows lack: {', '.join(unknown[:8])}",
+            allowed=f"{len(labels)} labels: {', '.join(labels[:8])}"
+            + (", ..." if len(labels) > 8 else ""),
+            fix="mend data.label or the split",
+        )  # fmt: skip
+
+
+def _encode(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids and the stretch of text that they cover."""
+    tokens: list[list[int]] = []
+    cut: list[str] = []
+    for start in range(0, len(texts), 1000):
+        part = list(texts[start : start + 1000])
+        encoded = tokenizer(
+            part, truncation=True, max_length=max_tokens, return_offsets_mapping=True
+        )
+        for text, ids, offsets in zip(
+            part, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            tokens.append(ids)
+            cut.append(text[: max((end for _, end in offsets), default=0)])
+    return tokens, cut

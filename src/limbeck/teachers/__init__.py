@@ -1,0 +1,1 @@
+"""Teachers: a live model, a store of what one said. Training does not know which it has."""

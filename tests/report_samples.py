@@ -1,0 +1,165 @@
+"""Made-up reports, as real ones look: a teacher of 22.7 M parameters and its students."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from limbeck.report import (
+    Artifact,
+    Baselines,
+    BudgetEntry,
+    Capability,
+    Environment,
+    Fidelity,
+    Latency,
+    Parity,
+    Quality,
+    Report,
+    Retention,
+    ShapeEntry,
+    Stage,
+    StudentEntry,
+    TeacherEntry,
+    TrainingPoint,
+)  # fmt: skip
+
+EVIL = "<script>alert(1)</script> | \"quoted\" 'single' `tick` [a](b) *x*"
+NEWSGROUPS = [
+    "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware",
+    "comp.sys.mac.hardware", "comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles",
+    "rec.sport.baseball", "rec.sport.hockey", "sci.crypt", "sci.electronics", "sci.med",
+    "sci.space", "soc.religion.christian", "talk.politics.guns", "talk.politics.mideast",
+    "talk.politics.misc", "talk.religion.misc",
+]  # fmt: skip
+
+
+def quality(value: float, n: int = 7532) -> Quality:
+    half = 1.96 * math.sqrt(max(value * (1 - value), 1e-4) / n)
+    return Quality(
+        metric="accuracy", value=value, low=max(value - half, 0), high=min(value + half, 1), n=n
+    )
+
+
+def retention(value: float, n: int = 7532) -> Retention:
+    half = 1.4 / math.sqrt(n)
+    return Retention(value=value, low=value - half, high=value + half, n=n)
+
+
+def artifacts(name: str, mb: float, ms: float | None, value: float) -> tuple[Artifact, ...]:
+    found = []
+    for format, size, slow in (("hf", 4.0, 2.1), ("onnx-fp32", 4.0, 1.7), ("onnx-int8", 1.0, 1.0)):
+        latency = None if ms is None else Latency(median=ms * slow, p95=ms * slow * 1.3, n=100)
+        parity = Parity(max_abs_diff=0.13 / size, agreement=0.993, n=7532)
+        found.append(
+            Artifact(
+                format=format, path=f"models/{name}/{format}", size_bytes=int(mb * size * 1e6),
+                quality=quality(value), latency_ms=latency,
+                throughput_per_s=None if ms is None else 1900 / ms / slow,
+                peak_memory_bytes=int(9e7 + 2 * mb * size * 1e6), device="cpu", threads=1,
+                parity=None if format == "hf" else parity,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def curve(seed: int, last: float, soft: bool) -> tuple[TrainingPoint, ...]:
+    noise, points = random.Random(seed), []
+    for i in range(60):
+        kd = 2.4 * math.exp(-i / 14) + 0.35 + noise.gauss(0, 0.06)
+        ce = 2.9 * math.exp(-i / 16) + 0.5 + noise.gauss(0, 0.07)
+        at = last * (1 - math.exp(-(i + 4) / 12))
+        points.append(
+            TrainingPoint(
+                step=10 * i, loss=kd + 0.5 * ce if soft else ce, soft=kd if soft else None,
+                hard=0.5 * ce if soft else None, examples_per_s=240 + noise.gauss(0, 9),
+                validation=at if i % 12 == 11 else None,
+            )
+        )  # fmt: skip
+    return tuple(points)
+
+
+def student(i: int, name: str, of: int, labels: list[str], bare: bool) -> StudentEntry:
+    share, noise = i / max(of - 1, 1), random.Random(i)
+    mb, ms = 8.1 * 0.18**share, None if bare else 2.6 * 0.19**share
+    value = 0.797 - 0.075 * share**1.4
+    kept = value / 0.812
+    capabilities = {}
+    for label in labels:
+        teacher, part = 0.6 + 0.35 * noise.random(), kept + noise.gauss(0.01, 0.05 + 0.08 * share)
+        capabilities[label] = Capability(
+            quality=quality(min(teacher * part, 1), 380), teacher_quality=quality(teacher, 380),
+            retention=retention(part, 380), n=380,
+        )  # fmt: skip
+    asked = [{"params": 9_000_000}, {"size_mb": 4.0}, {"latency_ms": 0.45, "size_mb": 1.6}][i % 3]
+    if bare:
+        asked = {"params": 9_000_000}
+    measured = {"params": int(mb * 1.05e6), "size_mb": mb, "latency_ms": ms}
+    plain = Baselines(
+        hard_labels=quality(value + (0.004 if i == 1 else -0.023)),
+        random_init=quality(value - 0.09) if i == of - 1 else None,
+        untaught=quality(0.17 - 0.1 * share) if i == of - 1 else None,
+    )
+    return StudentEntry(
+        name=name, params=int(mb * 1.05e6), primary="onnx-int8",
+        artifacts=artifacts(name, mb, ms, value),
+        shape=ShapeEntry.of({"hidden": 256 - 96 * i // of, "ffn": 768, "heads": 8}, (0, 2, 5)),
+        reason="The widest shape of three layers that the measured file size allows.",
+        budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
+        retention=retention(kept), capabilities=capabilities,
+        fidelity=Fidelity(agreement=0.9 - 0.1 * share, mean_kl=0.11 + 0.2 * share, n=7532),
+        baselines=Baselines() if bare else plain,
+    )  # fmt: skip
+
+
+def make_report(
+    names: tuple[str, ...] = ("large", "medium", "small"),
+    labels: list[str] = NEWSGROUPS,
+    bare: bool = False,
+) -> Report:
+    """Three students of a teacher of 22.7 M parameters; `bare`: nothing optional, no latency."""
+    students = tuple(student(i, n, len(names), labels, bare) for i, n in enumerate(names))
+    stages = [("data", 4.2, 0.01), ("teacher", 251.0, 1.31), ("signals", 41.5, 0.22)]
+    stages += [("importance", 12.1, 0.06), ("plan", 18.8, 0.09)]
+    stages += [(f"students/{name}", 62.0 - i, 0.33) for i, name in enumerate(names)]
+    stages += [("evidence", 88.0, 0.46), ("export", 39.0, 0.2), ("measure", 74.0, 0.38)]
+    return Report(
+        limbeck="0.1.0",
+        recipe={"name": "quickstart", "seed": 0, "students": [{"name": n} for n in names]},
+        environment=Environment(
+            cpu="AMD EPYC 7B13", cores=2, threads=2,
+            versions={"python": "3.11.9", "torch": "2.13.0", "onnxruntime": "1.23.0"},
+        ),
+        teacher=TeacherEntry(
+            name="all-MiniLM-L6-v2", params=22_721_684, primary="onnx-int8",
+            artifacts=artifacts("teacher", 23.1, None if bare else 6.4, 0.812),
+        ),
+        students=students,
+        stages=tuple(
+            Stage(
+                name=name, seconds=seconds, energy_wh=None if bare else energy,
+                energy_source="not metered" if bare else "estimated: codecarbon, 65 W constant",
+                reused=name == "data",
+            )
+            for name, seconds, energy in stages
+        ),
+        linear=None if bare else quality(0.789),
+        training={} if bare else {
+            "teacher": curve(1, 0.81, soft=False),
+            **{name: curve(7 + i, 0.79 - 0.02 * i, soft=True) for i, name in enumerate(names)},
+            f"{names[-1]}/hard_labels": curve(99, 0.7, soft=False),
+        },
+        labels=tuple(labels),
+        layer_importance=None if bare else (1.0, 0.71, 0.55, 0.48, 0.62, 0.93),
+        warnings=() if bare else ("The teacher was tuned for two epochs; more would raise it.",),
+    )  # fmt: skip
+
+
+CASES = {
+    "usual": make_report(),
+    "one student, two classes": make_report(("only",), ["no", "yes"]),
+    "twelve students": make_report(tuple(f"student-{i}" for i in range(12))),
+    "200 classes": make_report(("a", "b"), [f"class-{i}" for i in range(200)]),
+    "bare": make_report(bare=True),
+    "evil": make_report(labels=[EVIL, "plain"]),
+}
