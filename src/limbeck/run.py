@@ -44,7 +44,9 @@ class Energy:
 
 
 class Meter(Protocol):
-    def read(self) -> Energy: ...  # since the run began; called around each stage
+    def begin(self, name: str) -> None: ...
+
+    def end(self, name: str) -> Energy: ...  # since `begin`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,19 +112,18 @@ class Run:
         for listener in self._listeners:
             listener(name, False)
         write_json(folder / "begun.json", {"fingerprint": wanted, "seconds": spent})
-        before, start = self._meter.read(), time.monotonic()
+        start = time.monotonic()
+        self._meter.begin(name)
         try:
             make(folder)
         except BaseException:
+            self._meter.end(name)
             seconds = spent + time.monotonic() - start
             if folder.exists():
                 with _ignore_full_disk():
                     write_json(folder / "begun.json", {"fingerprint": wanted, "seconds": seconds})
             raise
-        after = self._meter.read()
-        used = None
-        if before.watt_hours is not None and after.watt_hours is not None:
-            used = after.watt_hours - before.watt_hours
+        energy = self._meter.end(name)
         (folder / "begun.json").unlink()
         files = {
             str(path.relative_to(folder)): file_sha256(path)
@@ -134,8 +135,8 @@ class Run:
             "digest": fingerprint({k: v for k, v in files.items() if k not in _NOTES}),
             "files": files,
             "seconds": round(spent + time.monotonic() - start, 3),
-            "energy_wh": used,
-            "energy_source": after.source,
+            "energy_wh": energy.watt_hours,
+            "energy_source": energy.source,
         }
         write_json(folder / "stage.json", record)
         self._tell(name, record, reused=False)

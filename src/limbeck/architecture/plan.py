@@ -1,0 +1,257 @@
+"""From budgets to shapes, before a weight is trained. Pure: it costs what it is told things cost.
+
+The rule: among the shapes that keep the budget, take the one that cuts least, where a cut's harm is
+the log of the ratio along each axis, weighted by how much that axis was seen to hurt. Rankings
+flip after distillation (NVIDIA's pruning guide), so this is where to start, not the last word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from limbeck.architecture.axes import Axis, find_axis, layer_of, members_by_parameter
+from limbeck.architecture.cut import usable
+from limbeck.errors import RecipeError
+from limbeck.recipe import BudgetSpec, StudentSpec
+from limbeck.types import Cost, Shape, StudentPlan
+
+# Harm per unit of log ratio, from zero-shot cuts of Qwen3-30B-A3B (Model-Optimizer #467, MMLU):
+# hidden 2048 -> 1536 cost 35.1 points, layers 48 -> 40 13.5, ffn 768 -> 512 15.7.
+_HARM = {"hidden": 1.22, "layers": 0.74, "ffn": 0.39}
+_FFN_STEP = 64  # a multiple that every runtime's kernels like
+_BYTES = {"hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4)}  # of (matrices, the rest)
+_OVERHEAD = {"hf": 740_000, "onnx-fp32": 250_000, "onnx-int8": 250_000}  # graph or tokenizer
+_OVERHEAD_PER_LAYER = {"hf": 2_000, "onnx-fp32": 20_000, "onnx-int8": 45_000}
+_ROUNDS = 3  # of measuring the choice and choosing again
+_MARGIN = 0.92  # of a latency budget that the choice may use: machines are noisy
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A shape whose layers are only counted yet, and what it costs."""
+
+    sizes: Mapping[str, int]
+    num_layers: int
+    params: int
+    size_bytes: int
+    matrix_params_per_layer: float  # what one token's forward multiplies, without embeddings
+
+    @property
+    def key(self) -> tuple[tuple[str, int], ...]:
+        return (*sorted(self.sizes.items()), ("layers", self.num_layers))
+
+
+def candidates(
+    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], format: str
+) -> list[Candidate]:
+    """Every shape of the space: proved axes, uniform widths, sizes by granularity.
+
+    `shapes` are the teacher's parameters by name, tied ones once.
+    """
+    proved = usable(axes)
+    layers = find_axis(proved, "layers")
+    coupled = {name for axis in proved for name in axis.coupled}
+    free = [axis for axis in proved if axis.groups and axis.name not in coupled]
+    combinations: list[dict[str, int]] = [{}]
+    for axis in free:
+        combinations = [
+            {**sizes, axis.name: size, **{k: size // f for k, f in axis.coupled.items()}}
+            for sizes in combinations
+            for size in _sizes(axis)
+        ]
+    found = []
+    for sizes in combinations:
+        outside, inside = _count(shapes, proved, sizes)
+        for n in range(1, (layers.size if layers else 0) + 1) if layers else (0,):
+            depth = n / layers.size if layers else 0.0
+            matrices = outside[0] + inside[0] * depth
+            rest = outside[1] + inside[1] * depth
+            per_matrix, per_rest = _BYTES[format]
+            size_bytes = matrices * per_matrix + rest * per_rest
+            size_bytes += _OVERHEAD[format] + _OVERHEAD_PER_LAYER[format] * n
+            per_layer = inside[0] / layers.size if layers else 0.0
+            found.append(
+                Candidate(sizes, n, round(matrices + rest), round(size_bytes), per_layer)
+            )
+    return found
+
+
+def _sizes(axis: Axis) -> list[int]:
+    step = axis.granularity
+    if axis.name == "ffn" and axis.size % _FFN_STEP == 0:
+        step = math.lcm(step, _FFN_STEP)
+    return list(range(step, axis.size + 1, step))
+
+
+def _count(
+    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((matrices, rest) outside the layers, (matrices, rest) inside all layers), in parameters."""
+    kept = {group.name: sizes[axis.name] for axis in axes for group in axis.groups}
+    places = members_by_parameter([group for axis in axes for group in axis.groups])
+    layers = find_axis(axes, "layers")
+    outside, inside = [0.0, 0.0], [0.0, 0.0]
+    for name, shape in shapes.items():
+        dims = list(shape)
+        for group, member in places.get(name, ()):
+            dims[member.dim] = member.width(kept[group.name])
+        where = inside if layers and layer_of(layers.pattern, name) else outside
+        where[0 if len(dims) > 1 else 1] += math.prod(dims)
+    return (outside[0], outside[1]), (inside[0], inside[1])
+
+
+def score(candidate: Candidate, axes: Sequence[Axis]) -> float:
+    """0 for the teacher's own shape, lower the more is cut; see the module's rule."""
+    total = 0.0
+    for axis in usable(axes):
+        size = candidate.num_layers if axis.name == "layers" else candidate.sizes.get(axis.name)
+        if size and axis.name in _HARM:
+            total += _HARM[axis.name] * math.log(size / axis.size)
+    return total
+
+
+Measure = Callable[[Candidate], float]  # median latency in ms of the exported random-weight model
+
+
+class LatencyModel:
+    """latency = a + layers x (b + c x matrix parameters), fitted to what was measured."""
+
+    def __init__(self, measure: Measure) -> None:
+        self._measure = measure
+        self.measured: dict[tuple, tuple[Candidate, float]] = {}
+        self._weights = np.zeros(3)
+
+    def measure(self, candidate: Candidate) -> float:
+        if candidate.key not in self.measured:
+            self.measured[candidate.key] = (candidate, self._measure(candidate))
+            self._fit()
+        return self.measured[candidate.key][1]
+
+    def predict(self, candidate: Candidate) -> float:
+        """Milliseconds; the measurement itself where there is one."""
+        if candidate.key in self.measured:
+            return self.measured[candidate.key][1]
+        return float(self._row(candidate) @ self._weights)
+
+    @staticmethod
+    def _row(c: Candidate) -> np.ndarray:
+        return np.array([1.0, c.num_layers, c.num_layers * c.matrix_params_per_layer / 1e6])
+
+    def _fit(self) -> None:
+        rows = np.stack([self._row(c) for c, _ in self.measured.values()])
+        times = np.array([t for _, t in self.measured.values()])
+        # relative errors count alike for fast and slow shapes; no weight may be negative
+        active = [0, 1, 2]
+        while active:
+            weights = np.linalg.lstsq(rows[:, active] / times[:, None], np.ones(len(times)), rcond=None)[0]
+            if (weights >= 0).all():
+                break
+            active.remove(active[int(weights.argmin())])
+        self._weights = np.zeros(3)
+        self._weights[active] = weights
+
+
+def plan_student(
+    student: StudentSpec,
+    where: str,
+    space: Sequence[Candidate],
+    axes: Sequence[Axis],
+    layers_of: Callable[[int], tuple[int, ...]],
+    latency: LatencyModel,
+) -> StudentPlan:
+    """The best shape for one budget.
+
+    `layers_of(n)` says which n layers are kept. Raises RecipeError for a budget that no shape can
+    meet, with the smallest that one can.
+    """
+    ranked = sorted(space, key=lambda c: (-score(c, axes), c.params))
+    if student.budget.latency_ms and not latency.measured:
+        for anchor in _anchors(space):
+            latency.measure(anchor)
+    best = _choose(where, student.budget, ranked, latency)
+    predicted = latency.predict(best) if latency.measured else None
+    return StudentPlan(
+        name=student.name,
+        shape=Shape(dict(best.sizes), layers_of(best.num_layers)),
+        cost=Cost(params=best.params, size_bytes=best.size_bytes, latency_ms=predicted),
+        reason=_reason(student.budget, best, axes, len(space)),
+    )
+
+
+def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
+    """Three small and different shapes: enough for three weights, quick to export."""
+    work = sorted(space, key=lambda c: c.matrix_params_per_layer)
+    deepest = max(c.num_layers for c in space)
+    small, middle = work[len(work) // 20], work[len(work) // 2]
+    same = {
+        (c.matrix_params_per_layer, c.num_layers): c for c in space
+    }  # any of equal work stands for the others
+    wanted = [
+        (small.matrix_params_per_layer, 1),
+        (small.matrix_params_per_layer, min(3, deepest)),
+        (middle.matrix_params_per_layer, min(2, deepest)),
+    ]
+    return [same[key] for key in dict.fromkeys(wanted)]
+
+
+def _choose(
+    where: str, budget: BudgetSpec, ranked: Sequence[Candidate], model: LatencyModel
+) -> Candidate:
+    fits = [c for c in ranked if _within(c, budget)]
+    if not fits:
+        smallest = min(c.params for c in ranked), min(c.size_bytes for c in ranked) / 1e6
+        asked = budget.model_dump(exclude_none=True)
+        raise RecipeError(
+            where, f"no shape meets {_listed(asked)}",
+            allowed=f"the smallest has {smallest[0]:,} parameters and {smallest[1]:.2f} MB",
+            fix="raise the budget",
+        )  # fmt: skip
+    limit = budget.latency_ms
+    if limit is None:
+        return fits[0]
+    for _ in range(_ROUNDS):
+        best = next((c for c in fits if model.predict(c) <= limit * _MARGIN), None)
+        if best is None:
+            break
+        if best.key in model.measured:
+            return best
+        model.measure(best)
+    best = next((c for c in fits if model.predict(c) <= limit * _MARGIN), None)
+    if best is not None:
+        return best
+    fastest = min(fits, key=model.predict)
+    if model.measure(fastest) <= limit * _MARGIN:
+        return fastest
+    raise RecipeError(
+        f"{where}.latency_ms", f"{limit:g}",
+        allowed=f"the fastest shape takes about {model.predict(fastest) / _MARGIN:.2f} ms here",
+        fix="raise the budget",
+    )  # fmt: skip
+
+
+def _within(candidate: Candidate, budget: BudgetSpec) -> bool:
+    return (budget.params is None or candidate.params <= budget.params) and (
+        budget.size_mb is None or candidate.size_bytes <= budget.size_mb * 1e6
+    )
+
+
+def _reason(
+    budget: BudgetSpec, best: Candidate, axes: Sequence[Axis], considered: int
+) -> str:
+    kept = [
+        f"{100 * size / axis.size:.0f} % of {axis.name}"
+        for axis in usable(axes)
+        if axis.name in _HARM
+        and (size := best.num_layers if axis.name == "layers" else best.sizes.get(axis.name))
+    ]
+    asked = _listed(budget.model_dump(exclude_none=True))
+    return f"Of {considered:,} shapes the one within {asked} that cuts least: {', '.join(kept)}."
+
+
+def _listed(asked: Mapping[str, float]) -> str:
+    units = {"params": "{:,} parameters", "size_mb": "{:g} MB", "latency_ms": "{:g} ms"}
+    return " and ".join(units[key].format(value) for key, value in asked.items())

@@ -1,0 +1,63 @@
+"""A student as a plain Hugging Face folder, which transformers loads with nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck.models import label_config
+from limbeck.run import write_text
+
+# Of how the teacher's tokenizer was loaded, and of how long its own inputs were.
+_LEFT_BEHIND = (
+    "is_local", "local_files_only", "max_length", "pad_to_multiple_of", "stride",
+    "truncation_strategy",
+)  # fmt: skip
+
+
+def save_folder(
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    folder: Path,
+    *,
+    labels: Sequence[str],
+    max_tokens: int,
+    card: str = "",
+) -> None:
+    """Write config, safetensors, tokenizer and (unless empty) the card as README.md.
+
+    The same model gives the same bytes. Only what the model's own class knows is saved: a head or
+    projector that a training run hung on it is not a part of it.
+    """
+    config = copy.deepcopy(model.config)
+    label_config(config, labels)
+    config.architectures = [type(model).__name__]
+    config._name_or_path = ""  # where the teacher lay on this machine
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    config.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_folder, trust_remote_code=False, local_files_only=True
+    )
+    _save_tokenizer(tokenizer, folder, max_tokens)
+    weights = folder / "model.safetensors"
+    weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
+    if card:
+        write_text(folder / "README.md", card)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens: int) -> None:
+    """With the length that the model was taught; padding is for whoever calls it to choose."""
+    tokenizer.model_max_length = max_tokens
+    tokenizer.name_or_path = ""
+    for name in _LEFT_BEHIND:
+        tokenizer.init_kwargs.pop(name, None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,193 @@
+"""From the stages' measurements to one report, and from the report to each student's card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from limbeck.recipe import Recipe
+from limbeck.report import (
+    Artifact,
+    Baselines,
+    BudgetEntry,
+    Capability,
+    Environment,
+    Fidelity,
+    Quality,
+    Report,
+    Retention,
+    ShapeEntry,
+    Stage,
+    StudentEntry,
+    TeacherEntry,
+    TrainingPoint,
+)
+from limbeck.run import Made, Run, write_text
+from limbeck.sources import Fetched
+
+_VERSIONED = (
+    "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers",
+    "numpy", "scikit-learn", "codecarbon",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """The teacher or a student: where its stages lie."""
+
+    name: str
+    primary: str
+    model: Made
+    onnx: Made
+    measured: Made
+    plan: Made | None = None
+    compared: Made | None = None
+    baselines: Mapping[str, Made] = field(default_factory=dict)
+
+
+def assemble(
+    run: Run, recipe: Recipe, data: Made, space: Made, teacher: Member,
+    family: Mapping[str, Member], linear: Made | None,
+) -> Report:  # fmt: skip
+    about, survey = data.json("data.json"), space.json("summary.json")
+    return Report(
+        limbeck=metadata.version("limbeck"),
+        recipe=recipe.model_dump(mode="json"),
+        environment=environment(),
+        teacher=TeacherEntry(
+            name=recipe.teacher.model.uri.rstrip("/").removesuffix("/model").rpartition("/")[2],
+            params=teacher.measured.json("measurement.json")["params"],
+            primary=teacher.primary,
+            artifacts=_artifacts(run, teacher),
+        ),
+        students=tuple(_student(run, recipe, member) for member in family.values()),
+        stages=tuple(Stage.model_validate(vars_of(record)) for record in run.stages),
+        linear=_quality(linear),
+        training=_curves(teacher, family),
+        labels=tuple(about["labels"]),
+        layer_importance=tuple(survey["layer_importance"]) or None,
+        warnings=_warnings(about, survey, family),
+    )
+
+
+def vars_of(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__slots__}
+
+
+def environment() -> Environment:
+    versions = {"python": platform.python_version(), "system": platform.platform()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    cores = len(os.sched_getaffinity(0))
+    return Environment(cpu=_cpu(), cores=cores, threads=cores, versions=versions)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    flags = set(found.get("flags", "").split())
+    known = [f for f in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if f in flags]
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
+    assert member.plan is not None and member.compared is not None
+    plan, found = member.plan.json("plan.json"), member.measured.json("measurement.json")
+    compared = member.compared.json("comparison.json")
+    artifacts = _artifacts(run, member)
+    main = next(a for a in artifacts if a.format == member.primary)
+    measured = {
+        "params": found["params"],
+        "size_mb": main.size_bytes / 1e6,
+        "latency_ms": main.latency_ms.median if main.latency_ms else None,
+    }
+    asked = recipe.student(member.name).budget.model_dump(exclude_none=True)
+    return StudentEntry(
+        name=member.name,
+        params=found["params"],
+        primary=member.primary,
+        artifacts=artifacts,
+        shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
+        reason=plan["reason"],
+        budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
+        retention=Retention.model_validate(compared["retention"]) if compared["retention"] else None,
+        fidelity=Fidelity.model_validate(compared["fidelity"]),
+        capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
+        baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
+    )
+
+
+def _artifacts(run: Run, member: Member) -> tuple[Artifact, ...]:
+    found = []
+    for entry in member.measured.json("measurement.json")["artifacts"]:
+        format = entry["format"]
+        path = member.model.folder
+        if format != "hf":
+            path = member.onnx.folder / f"model-{format.removeprefix('onnx-')}.onnx"
+        where = str(path.relative_to(run.folder))
+        found.append(Artifact.model_validate({**entry, "path": where}))
+    return tuple(found)
+
+
+def _quality(made: Made | None) -> Quality | None:
+    if made is None:
+        return None
+    found = made.json("quality.json")
+    return Quality.model_validate({k: found[k] for k in ("metric", "value", "low", "high", "n")})
+
+
+def _curves(teacher: Member, family: Mapping[str, Member]) -> dict[str, tuple[TrainingPoint, ...]]:
+    folders = {"teacher": teacher.model.folder}
+    for name, member in family.items():
+        folders[name] = member.model.folder
+        for baseline, made in member.baselines.items():
+            folders[f"{name}/{baseline}"] = made.folder.parent / "hf"
+    curves = {}
+    for name, folder in folders.items():
+        path = folder / "training.jsonl"
+        if path.exists() and (lines := path.read_text(encoding="utf-8").splitlines()):
+            curves[name] = tuple(TrainingPoint.model_validate(json.loads(line)) for line in lines)
+    return curves
+
+
+def _warnings(
+    about: Mapping[str, Any], survey: Mapping[str, Any], family: Mapping[str, Member]
+) -> tuple[str, ...]:
+    found = []
+    if shared := about["texts_in_train_and_test"]:
+        found.append(f"{shared} texts of the test rows stand word for word in the training rows.")
+    refused = [a for a in survey["axes"] if not a["proved"]]
+    found += [f"The axis {a['name']} is not cut: {a['reason']}." for a in refused]
+    for member in family.values():
+        for entry in member.measured.json("measurement.json")["artifacts"]:
+            agreement = entry.get("parity", {}).get("agreement", 1.0)
+            if agreement < 0.95:
+                found.append(
+                    f"{member.name}: {entry['format']} gives the answer of the model it came from "
+                    f"in only {100 * agreement:.1f} % of cases."
+                )
+    return tuple(found)
+
+
+def write_cards(report: Report, folder: Path, model: Fetched, data: Fetched) -> None:
+    """README.md in each student's Hugging Face folder."""
+    from limbeck.export.card import model_card
+
+    for student in report.students:
+        hf = student.artifact("hf")
+        if hf is not None:
+            card = model_card(report, student, teacher=model, data=data)
+            write_text(folder / hf.path / "README.md", card)

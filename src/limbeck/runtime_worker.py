@@ -1,0 +1,142 @@
+"""Load an exported model and call it; as a script, time it in a process that holds nothing else.
+
+Imports only the standard library and numpy at the top, and the model's own runtime where it is
+loaded: for ONNX no torch is ever in the process. It must not import the rest of limbeck: `runtime`
+starts this file by its path (`python -P runtime_worker.py`), so that a process of a known kind is
+measured.
+
+A request is one JSON object on stdin: the arguments of `measure`. The answer is the last line on
+stdout: the fields of `limbeck.runtime.Timing`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+# (B, T) int64 ids, (B, T) int64 mask -> (B, C) float32 logits
+Predictor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+# The calls are spread over rounds with a pause between: a neighbour's burst then spoils one round
+# and not the median of all calls.
+_ROUNDS, _PAUSE_S = 5, 0.1
+_WARM_UP_CALLS = 5
+
+
+def load(path: str, format: str, threads: int) -> tuple[Predictor, str]:
+    """A function from ids and mask to logits, and the runtime's name and version."""
+    return _load_hf(path, threads) if format == "hf" else _load_onnx(path, threads)
+
+
+def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def predict(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+        return logits
+
+    return predict, f"onnxruntime {onnxruntime.__version__}"
+
+
+def _load_hf(path: str, threads: int) -> tuple[Predictor, str]:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        dtype=torch.float32,
+    ).eval()
+
+    @torch.inference_mode()
+    def predict(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)  # the process's, so it is given back
+        try:
+            output = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+        finally:
+            torch.set_num_threads(before)
+        logits: np.ndarray = output.logits.numpy()
+        return logits
+
+    return predict, f"torch {torch.__version__}"
+
+
+def measure(
+    path: str,
+    format: str,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    threads: int,
+    runs: int,
+    batch_size: int,
+) -> dict[str, object]:
+    """The fields of `Timing`: speed does not depend on what the tokens are."""
+    predict, runtime = load(path, format, threads)
+    ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, max_tokens))  # (B, T) int64
+    mask = np.ones_like(ids)
+
+    _seconds(predict, ids[:1], mask[:1], _WARM_UP_CALLS)
+    rounds = []
+    for part in np.array_split(np.arange(runs), _ROUNDS):
+        rounds += _seconds(predict, ids[:1], mask[:1], len(part))
+        time.sleep(_PAUSE_S)
+    peak = peak_memory_bytes()  # before the large batches
+
+    _seconds(predict, ids, mask, 1)
+    batches = []
+    for _ in range(_ROUNDS):
+        batches += _seconds(predict, ids, mask, 1)
+        time.sleep(_PAUSE_S)
+    low, median, high, p95 = np.percentile(np.array(rounds) * 1000, [25, 50, 75, 95])
+    return {
+        "latency_ms": float(median),
+        "latency_p95_ms": float(p95),
+        "latency_iqr_ms": float(high - low),
+        "throughput_per_s": float(batch_size / np.median(batches)),
+        "peak_memory_bytes": peak,
+        "device": "cpu",
+        "threads": threads,
+        "runtime": runtime,
+        "runs": runs,
+        "torch_loaded": "torch" in sys.modules,
+    }
+
+
+def _seconds(predict: Predictor, ids: np.ndarray, mask: np.ndarray, runs: int) -> list[float]:
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        predict(ids, mask)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process ever held: interpreter, numpy, runtime, model, buffers."""
+    try:
+        # Not `ru_maxrss`: on Linux a started process inherits its parent's peak there.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.stdin.read()))))  # noqa: T201

@@ -1,0 +1,400 @@
+"""What each stage of the pipeline does in its folder. Imported only when a stage really runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from limbeck import measure, runtime
+from limbeck._startup import keep_memory
+from limbeck.architecture.axes import axes_from_json, axes_to_json, find_axis
+from limbeck.architecture.cut import (
+    build_student,
+    full_shape,
+    keep_layers,
+    shape_parameters,
+    sort_units,
+    student_config,
+)
+from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.plan import Candidate, LatencyModel, candidates, plan_student
+from limbeck.architecture.probe import find_axes
+from limbeck.architecture.proof import prove_axes
+from limbeck.errors import RecipeError
+from limbeck.export.folder import save_folder
+from limbeck.export.onnx import export_onnx, quantize_int8
+from limbeck.linear import linear_predictions
+from limbeck.models import (
+    build_classifier,
+    head_labels,
+    load_classifier,
+    no_dropout,
+    num_parameters,
+)
+from limbeck.objective import Objective
+from limbeck.progress import Progress, Silent
+from limbeck.recipe import Recipe, StudentSpec
+from limbeck.run import file_sha256, write_json, write_text
+from limbeck.signals import capture as signal_capture
+from limbeck.signals.store import open_store
+from limbeck.tasks.text_classification import Rows, TextClassification
+from limbeck.teachers.live import LiveTeacher
+from limbeck.teachers.stored import NoTeacher, StoredTeacher
+from limbeck.train import Training, train
+from limbeck.types import Shape, StudentPlan
+
+Start = Literal["prefix", "random"]
+_IMPORTANCE_ROWS = 320  # training rows that units and layers are scored on
+_VALIDATION_ROWS = 384  # for the curves; drawn at random, the same for all
+_PARITY_ROWS = 256
+
+keep_memory()
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def tune(
+    folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress
+) -> None:
+    """The teacher, taught the task if the recipe says so, as a plain Hugging Face folder."""
+    task = TextClassification(data)
+    torch.manual_seed(recipe.seed)  # the new head
+    if recipe.teacher.tune is None:
+        _require_head(model, task.labels)
+    classifier = load_classifier(model, task.labels, where="recipe.teacher.model")
+    no_dropout(classifier)
+    if recipe.teacher.tune is not None:
+        training = Training(
+            rows=task.rows("train"),
+            teacher=NoTeacher(),
+            objective=Objective(hard_weight=1.0),
+            spec=recipe.teacher.tune,
+            seed=recipe.seed,
+            title="teacher",
+            validate=_validator(task, recipe.seed),
+        )
+        _show_example(task, progress)
+        train(classifier, training, folder, progress)
+    save_folder(
+        classifier, model, folder, labels=task.labels, card="", max_tokens=recipe.task.max_tokens
+    )
+
+
+def _require_head(model: Path, labels: Sequence[str]) -> None:
+    found = head_labels(model, where="recipe.teacher.model")
+    if found is None or list(found) != list(labels):
+        has = f"labels {', '.join(found[:8])}" if found else "no classification head"
+        raise RecipeError(
+            "recipe.teacher.model", f"has {has}, the data has {', '.join(labels[:8])}",
+            allowed="a teacher with exactly the data's labels, or one that is tuned first",
+            fix="add teacher.tune",
+        )  # fmt: skip
+
+
+def capture(
+    folder: Path, teacher: Path, teacher_digest: str, data: Path, data_digest: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    task = TextClassification(data)
+    live = LiveTeacher(load_classifier(teacher, task.labels, where="teacher"), teacher_digest)
+    made_from = {"teacher": teacher_digest, "data": data_digest, "split": "train"}
+    signal_capture.capture(
+        live, task.rows("train"), folder, made_from=made_from, progress=progress
+    )
+
+
+def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progress) -> None:
+    """The teacher's axes, proved; and how much each unit and layer matters."""
+    task = TextClassification(data)
+    model = load_classifier(teacher, task.labels, where="teacher")
+    axes = find_axes(model.config, build_classifier)
+    rows = task.rows("train").sample(_IMPORTANCE_ROWS, seed=seed)
+    axes = prove_axes(
+        model, model.config, build_classifier, axes, rows.batch(range(min(4, len(rows)))).inputs,
+        seed=seed,
+    )  # fmt: skip
+    scores = importance(model, [a for a in axes if a.proved], list(rows.batches(32)), progress)
+    write_text(folder / "axes.json", axes_to_json(axes))
+    scores.save(folder / "importance.safetensors")
+    rises = [round(v, 6) for v in scores.layers.tolist()]
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    summary = {
+        "layer_importance": rises,
+        "teacher_params": num_parameters(model),
+        "shapes": shapes,
+        "axes": [
+            {"name": a.name, "size": a.size, "proved": a.proved, "reason": a.reason} for a in axes
+        ],
+    }
+    write_json(folder / "summary.json", summary)
+
+
+class Planner:
+    """Plans one student after another; what was timed for one serves the next."""
+
+    def __init__(self, recipe: Recipe, teacher: Path, survey: Path, progress: Progress) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.config = AutoConfig.from_pretrained(teacher)
+        self.axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
+        self.scores = load_importance(survey / "importance.safetensors").layers
+        self.space = space_of(self.config, self.axes, recipe.export.primary)
+        self.latency = LatencyModel(self._time)
+
+    def __call__(self, folder: Path, student: StudentSpec) -> None:
+        where = f"recipe.students.{student.name}.budget"
+        plan = plan_student(
+            student, where, self.space, self.axes, lambda n: keep_layers(self.scores, n), self.latency
+        )
+        exact = shape_parameters(self.config, build_classifier, self.axes, plan.shape)
+        assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
+        timed = [
+            {"shape": dict(key), "latency_ms": t} for key, (_, t) in self.latency.measured.items()
+        ]
+        write_json(folder / "plan.json", asdict(plan) | {"timed": timed})
+
+    def _time(self, candidate: Candidate) -> float:
+        shape = Shape(candidate.sizes, tuple(range(candidate.num_layers)))
+        self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
+        return time_shape(self.recipe, self.config, self.axes, shape)
+
+
+def space_of(config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
+    with torch.device("meta"):
+        model = build_classifier(config)
+    return candidates({n: tuple(p.shape) for n, p in model.named_parameters()}, axes, format)
+
+
+def time_shape(recipe: Recipe, config: Any, axes: Sequence[Any], shape: Shape) -> float:
+    """Median ms of a random-weight model of this shape, through the real export and runtime."""
+    import tempfile
+
+    torch.manual_seed(0)
+    model = build_classifier(student_config(config, axes, shape)).eval()
+    with tempfile.TemporaryDirectory(prefix="limbeck-") as name:
+        folder = Path(name)
+        if recipe.export.primary == "hf":
+            model.save_pretrained(folder)
+        path = _write_onnx(model, folder, recipe, {recipe.export.primary})[recipe.export.primary]
+        timing = runtime.time_artifact(
+            path, recipe.export.primary, max_tokens=recipe.task.max_tokens,
+            vocab_size=config.vocab_size, threads=recipe.measure.threads,
+            runs=recipe.measure.latency_runs,
+        )  # fmt: skip
+    return timing.latency_ms
+
+
+def read_plan(folder: Path) -> StudentPlan:
+    import json
+
+    from limbeck.types import Cost
+
+    data = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    shape = Shape(data["shape"]["sizes"], tuple(data["shape"]["layers"]))
+    return StudentPlan(
+        name=data["name"], shape=shape, cost=Cost(**data["cost"]), reason=data["reason"]
+    )
+
+
+def distil(
+    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
+    signals: Path | None, data: Path, progress: Progress, *, start: Start = "prefix",
+) -> None:  # fmt: skip
+    """Train one student from the teacher's signals, or without them from hard labels only."""
+    task = TextClassification(data)
+    model = _student(recipe, shape, teacher, survey, task, start)
+    if signals is None:
+        objective, source = Objective(hard_weight=1.0), NoTeacher()
+    else:
+        spec = recipe.distill
+        objective = Objective(
+            temperature=spec.temperature,
+            soft_weight=spec.soft_weight,
+            hard_weight=spec.hard_weight,
+        )
+        source = StoredTeacher(open_store(signals), file_sha256(signals / "manifest.json"))
+    what = "" if signals else f", hard labels, {start} start"
+    training = Training(
+        rows=task.rows("train"),
+        teacher=source,
+        objective=objective,
+        spec=recipe.training_of(student),
+        seed=recipe.seed,
+        title=f"{student.name}{what}",
+        validate=_validator(task, recipe.seed),
+    )
+    no_dropout(model)
+    train(model, training, folder, progress)
+    _save(model, recipe, teacher, folder, task)
+
+
+def untaught(
+    folder: Path, recipe: Recipe, shape: Shape, teacher: Path, survey: Path, data: Path
+) -> None:
+    """The sorted prefix as it is cut."""
+    task = TextClassification(data)
+    _save(_student(recipe, shape, teacher, survey, task, "prefix"), recipe, teacher, folder, task)
+
+
+def _save(
+    model: nn.Module, recipe: Recipe, teacher: Path, folder: Path, task: TextClassification
+) -> None:
+    save_folder(
+        model, teacher, folder, labels=task.labels, card="", max_tokens=recipe.task.max_tokens
+    )
+
+
+def _student(
+    recipe: Recipe, shape: Shape, teacher: Path, survey: Path, task: TextClassification,
+    start: Start,
+) -> nn.Module:  # fmt: skip
+    model = load_classifier(teacher, task.labels, where="teacher")
+    axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
+    torch.manual_seed(recipe.seed)
+    if start == "random":
+        return build_classifier(student_config(model.config, axes, shape))
+    scores = load_importance(survey / "importance.safetensors")
+    state = sort_units(model.state_dict(), axes, scores.units)
+    return build_student(model.config, build_classifier, axes, shape, state)
+
+
+def export(folder: Path, recipe: Recipe, model: Path, data: Path, formats: Sequence[str]) -> None:
+    task = TextClassification(data)
+    classifier = load_classifier(model, task.labels, where=str(model)).eval()
+    _write_onnx(classifier, folder, recipe, set(formats))
+
+
+def _write_onnx(
+    model: nn.Module, folder: Path, recipe: Recipe, formats: set[str]
+) -> dict[str, Path]:
+    paths = {"hf": folder}
+    if formats & {"onnx-fp32", "onnx-int8"}:
+        paths["onnx-fp32"] = folder / "model-fp32.onnx"
+        export_onnx(model, paths["onnx-fp32"], max_tokens=recipe.task.max_tokens)
+    if "onnx-int8" in formats:
+        paths["onnx-int8"] = folder / "model-int8.onnx"
+        quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
+        if "onnx-fp32" not in formats:
+            paths["onnx-fp32"].unlink()
+    return paths
+
+
+def artifact_path(hf: Path, onnx: Path, format: str) -> Path:
+    return hf if format == "hf" else onnx / f"model-{format.removeprefix('onnx-')}.onnx"
+
+
+def measure_artifacts(
+    folder: Path, recipe: Recipe, hf: Path, onnx: Path, data: Path, name: str,
+    progress: Progress, *, primary: str,
+) -> None:  # fmt: skip
+    """Quality, parity, latency, memory of every exported file; predictions of the primary one."""
+    task = TextClassification(data)
+    test = task.rows("test")
+    few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
+    parity_rows = test.sample(_PARITY_ROWS, seed=recipe.seed)
+    origin = _predict(hf, "hf", parity_rows, Silent(), "parity")
+    config = AutoConfig.from_pretrained(hf)
+    found = []
+    for format in recipe.export.formats:
+        path = artifact_path(hf, onnx, format)
+        rows = test if format == primary else few
+        logits = _predict(path, format, rows, progress, f"{name} {format}")
+        if format == primary:
+            np.save(folder / "logits.npy", logits)
+        timing = runtime.time_artifact(
+            path, format, max_tokens=recipe.task.max_tokens, vocab_size=config.vocab_size,
+            threads=recipe.measure.threads, runs=recipe.measure.latency_runs,
+        )  # fmt: skip
+        entry: dict[str, Any] = {
+            "format": format,
+            "size_bytes": size_bytes(path),
+            "quality": _quality(logits, rows.labels),
+            "latency_ms": {"median": timing.latency_ms, "p95": timing.latency_p95_ms, "n": timing.runs},
+            "throughput_per_s": timing.throughput_per_s,
+            "peak_memory_bytes": timing.peak_memory_bytes,
+            "device": timing.device,
+            "threads": timing.threads,
+        }
+        if format != "hf":
+            exported = _predict(path, format, parity_rows, Silent(), "parity")
+            entry["parity"] = asdict(measure.parity(origin, exported))
+        found.append(entry)
+    model = load_classifier(hf, task.labels, where=str(hf))
+    write_json(folder / "measurement.json", {"params": num_parameters(model), "artifacts": found})
+
+
+def quality_of(
+    folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
+) -> None:
+    """A baseline's quality, of the primary format on all test rows, as for the student itself."""
+    test = TextClassification(data).rows("test")
+    logits = _predict(path, recipe.export.primary, test, progress, name)
+    write_json(folder / "quality.json", _quality(logits, test.labels))
+
+
+def linear(folder: Path, data: Path, progress: Progress) -> None:
+    task = TextClassification(data)
+    rows = {split: task.rows(split) for split in ("train", "validation", "test")}
+    scores, choice = linear_predictions(
+        (rows["train"].texts, rows["train"].labels),
+        (rows["validation"].texts, rows["validation"].labels),
+        rows["test"].texts,
+        len(task.labels),
+        progress,
+    )
+    write_json(folder / "quality.json", _quality(scores, rows["test"].labels) | {"choice": choice})
+
+
+def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
+    """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
+    task = TextClassification(data)
+    labels = task.rows("test").labels
+    mine, theirs = (np.load(path / "logits.npy", allow_pickle=False) for path in (student, teacher))
+    write_json(folder / "comparison.json", measure.compare(theirs, mine, labels, task.labels))
+
+
+def _predict(
+    path: Path, format: str, rows: Rows, progress: Progress, title: str
+) -> np.ndarray:
+    with progress.bar(title, len(rows), "examples") as bar:
+        return runtime.predict(
+            path, format, rows.tokens, threads=torch.get_num_threads(), pad_id=rows.pad_id,
+            progress=bar.advance,
+        )  # fmt: skip
+
+
+def _quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    return {"metric": "accuracy", **asdict(measure.accuracy(logits, labels, seed=0))}
+
+
+def _validator(task: TextClassification, seed: int) -> Any:
+    rows = task.rows("validation").sample(_VALIDATION_ROWS, seed=seed)
+
+    @torch.inference_mode()
+    def validate(model: nn.Module) -> float:
+        right = 0
+        for batch in rows.batches(64):
+            right += int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
+        return right / len(rows)
+
+    return validate
+
+
+def _show_example(task: TextClassification, progress: Progress) -> None:
+    rows = task.rows("train")
+    text, label = rows.texts[0], task.labels[rows.labels[0]]
+    progress.say(f"the first training example, {len(rows.tokens[0])} tokens, label {label!r}: {text}")
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of the model files in a folder (not the training log)."""
+    if path.is_file():
+        return path.stat().st_size
+    skip = {"training.jsonl", "stage.json", "begun.json"}
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name not in skip)
