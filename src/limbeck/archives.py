@@ -44,7 +44,7 @@ class MemberError(SourceError):
     """The package is fine; it does not hold the file that was asked for."""
 
 
-def download_wheel(requirement: str, folder: Path, *, where: str, tell: Tell) -> Path:
+def download_wheel(package: str, folder: Path, *, where: str, tell: Tell) -> Path:
     """The wheel of `NAME==VERSION`, in `folder`. Raises SourceError if pip cannot deliver it."""
     if importlib.util.find_spec("pip") is None:
         raise SourceError(
@@ -56,14 +56,14 @@ def download_wheel(requirement: str, folder: Path, *, where: str, tell: Tell) ->
     command = [
         sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
         "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color",
-        "--progress-bar", "off", "--dest", str(folder), requirement,
+        "--progress-bar", "off", "--dest", str(folder), package,
     ]  # fmt: skip
-    code, output = _run(command, folder, where=where, label=f"download {requirement}", tell=tell)
+    code, output = _run(command, folder, where=where, label=f"download {package}", tell=tell)
     wheels = [*folder.glob("*.whl")]
     if code == 0 and len(wheels) == 1:
         return wheels[0]
     raise SourceError(
-        where, f"pip could not download {requirement}: {_reason(output, 'ERROR:')}",
+        where, f"pip could not download {package}: {_reason(output, 'ERROR:')}",
         allowed="a package with a wheel for this Python",
         fix="check the name, the version, the connection and pip's index settings",
     )  # fmt: skip
@@ -74,7 +74,8 @@ def download_deb(package: str, folder: Path, *, where: str, tell: Tell) -> Path:
     _need("apt-get", where)
     _need("dpkg", where)
     command = ["apt-get", "download", package]
-    code, output = _run(command, folder, where=where, label=f"download {package}", tell=tell)
+    label = f"download {package}"
+    code, output = _run(command, folder, where=where, label=label, tell=tell, cwd=folder)
     debs = [*folder.glob("*.deb")]
     if code == 0 and len(debs) == 1:
         return debs[0]
@@ -84,79 +85,73 @@ def download_deb(package: str, folder: Path, *, where: str, tell: Tell) -> Path:
     )  # fmt: skip
 
 
-def unpack_wheel(wheel: Path, member: str, to: Path, *, where: str, tell: Tell) -> None:
-    """The file or folder `member` of the wheel, as `to/NAME`.
+def unpack_wheel(file: Path, member: str, to: Path, *, where: str, tell: Tell) -> None:
+    """The file or folder `member` of the wheel, as `to/NAME`, in a new folder `to`.
 
     Raises MemberError if there is none, SourceError if the wheel is damaged or unsafe.
     """
+    name = member.rpartition("/")[2]
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            chosen = _choose(archive.infolist(), member, where=where, package=wheel.name)
-            total = sum(info.file_size for info in chosen)
+        with zipfile.ZipFile(file) as archive:
+            chosen = _choose(archive.infolist(), member, where=where, package=file.name)
+            total, done = sum(info.file_size for info in chosen), 0
             with disk(where, to, total):
-                _make_room(to, total)
-                done = 0
                 for info in chosen:
-                    target = to / _below(info.filename, member)
+                    target = to / info.filename[len(member) - len(name) :]
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(info) as packed, target.open("xb") as file:
+                    with archive.open(info) as packed, target.open("xb") as plain:
                         while chunk := packed.read(_CHUNK):
-                            done += file.write(chunk)
-                            tell(f"unpack {wheel.name}", done, total)
+                            done += plain.write(chunk)
+                            tell(f"unpack {file.name}", done, total)
                     if target.stat().st_size != info.file_size:  # zipfile lets a short one pass
                         raise zipfile.BadZipFile(f"{info.filename} is shorter than declared")
     except _DAMAGED as error:
         raise SourceError(
-            where, f"{wheel.name} is damaged: {error}",
+            where, f"{file.name} is damaged: {error}",
             allowed="a complete zip file whose checksums fit", fix="fetch it again",
         ) from error  # fmt: skip
 
 
-def unpack_deb(deb: Path, member: str, to: Path, aside: Path, *, where: str, tell: Tell) -> None:
-    """The file or folder `member` of the .deb, as `to/NAME`; `aside` is room to work in."""
+def unpack_deb(file: Path, member: str, to: Path, *, where: str, tell: Tell) -> None:
+    """The file or folder `member` of the .deb, as `to/NAME`; all of it lies beside `to` after."""
     _need("dpkg", where)
-    tree = aside / "tree"
+    tree = to.with_name("tree")
     tree.mkdir()
-    command = ["dpkg", "-x", str(deb), str(tree)]
-    code, output = _run(command, aside, where=where, label=f"unpack {deb.name}", tell=tell)
+    command = ["dpkg", "-x", str(file), str(tree)]
+    code, output = _run(command, to.parent, where=where, label=f"unpack {file.name}", tell=tell)
     if code != 0:
-        raise SourceError(where, f"{deb.name} is damaged: {_reason(output)}", fix="fetch it again")
-    start = _inside(tree / member, tree, where=where, package=deb.name)
+        raise SourceError(where, f"{file.name} is damaged: {_reason(output)}", fix="fetch it again")
+    start = _inside(tree / member, tree, where=where, package=file.name)
     if not start.exists():
         names = [path.relative_to(tree).as_posix() for path in tree.rglob("*")]
-        raise _no_member(names, member, where=where, package=deb.name)
+        raise _no_member(names, member, where=where, package=file.name)
     name = member.rpartition("/")[2]
     pairs: list[tuple[Path, Path]] = []
     for path in [start] if start.is_file() else sorted(start.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
-        file = _inside(path, tree, where=where, package=deb.name)
-        if not file.is_file():
-            raise _unsafe(where, deb.name, f"{path.relative_to(tree)} is no plain file")
-        pairs.append((file, to / name / path.relative_to(start)))
+        real = _inside(path, tree, where=where, package=file.name)
+        if not real.is_file():
+            raise _unsafe(where, file.name, f"{path.relative_to(tree)} is no plain file")
+        pairs.append((real, to / name / path.relative_to(start)))
     if not pairs:
-        raise _no_member([], member, where=where, package=deb.name)
-    total = sum(file.stat().st_size for file, _ in pairs)
-    _check_amount(total, len(pairs), where=where, package=deb.name)
+        raise _no_member([], member, where=where, package=file.name)
+    total = sum(real.stat().st_size for real, _ in pairs)
+    _check_amount(total, len(pairs), where=where, package=file.name)
     with disk(where, to, total):
-        _make_room(to, total)
-        for file, target in pairs:
+        for real, target in pairs:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            shutil.copyfile(real, target)
 
 
 def wheel_licence(wheel: Path) -> str | None:
     """What the wheel's METADATA calls its licence, best form first; None if it says nothing."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for info in archive.infolist():
-                if re.fullmatch(r"[^/]+\.dist-info/METADATA", info.filename):
-                    break
-            else:
-                return None
-            with archive.open(info) as file:
+            names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+            with archive.open(names[0]) as file:
                 text = file.read(_METADATA_BYTES).decode("utf-8", "replace")
-    except _DAMAGED:
+    except (*_DAMAGED, IndexError):
         return None
     fields = email.parser.HeaderParser().parsestr(text)
     for field in ("License-Expression", "License"):
@@ -171,7 +166,10 @@ def wheel_licence(wheel: Path) -> str | None:
 
 @contextmanager
 def disk(where: str, folder: Path, needed: int = 0) -> Iterator[None]:
-    """What the disk says while writing below `folder`, as a sentence."""
+    """Room for `needed` bytes below `folder`; what the disk says meanwhile becomes a sentence."""
+    # Asked before the first byte is written: a disk that fills up hurts others too.
+    if needed and needed > _free_bytes(folder):
+        raise full_disk(where, folder, needed)
     try:
         yield
     except OSError as error:
@@ -186,7 +184,7 @@ def disk(where: str, folder: Path, needed: int = 0) -> Iterator[None]:
 def full_disk(where: str, folder: Path, needed: int) -> SourceError:
     amount = f"{needed:,} bytes are needed" if needed else "more room is needed"
     return SourceError(
-        where, f"the disk of the cache is full: {amount} in {folder}, {_free_bytes(folder):,} are free",
+        where, f"the cache's disk is full: {amount} in {folder}, {_free_bytes(folder):,} are free",
         fix="free some space, or put the cache elsewhere with LIMBECK_CACHE",
     )  # fmt: skip
 
@@ -216,23 +214,25 @@ def _choose(
     chosen = [
         info
         for info in infos
-        if not info.is_dir()
-        and (info.filename == member or info.filename.startswith(f"{member}/"))
+        if not info.is_dir() and (info.filename == member or info.filename.startswith(f"{member}/"))
     ]
     if not chosen:
         names = [info.filename for info in infos if not info.is_dir()]
         folders = {name.rpartition("/")[0] for name in names} - {""}
         raise _no_member([*names, *sorted(folders)], member, where=where, package=package)
     names = [info.filename for info in chosen]
-    if len({*names}) < len(names) or {*names} & {up for n in names for up in _folders(n)}:
+    if len({*names}) < len(names):
         raise _unsafe(where, package, "two members have the same name")
     for info in chosen:
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if info.flag_bits & 1 or info.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):
             raise _unsafe(where, package, f"{info.filename!r} is encrypted or packed unusually")
         if info.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * info.compress_size):
             raise _unsafe(
                 where, package,
-                f"{info.filename!r} unpacks from {info.compress_size:,} to {info.file_size:,} bytes",
+                f"{info.compress_size:,} bytes unpack to {info.file_size:,} in {info.filename!r}",
             )  # fmt: skip
     total = sum(info.file_size for info in chosen)
     _check_amount(total, len(infos), where=where, package=package)
@@ -247,16 +247,6 @@ def _leads_out(name: str) -> bool:
         or any(re.match(r"[A-Za-z]:", part) for part in parts)
         or any(ord(char) < 32 for char in name)
     )
-
-
-def _folders(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _below(name: str, member: str) -> str:
-    """'a/b/c/d' and member 'a/b' -> 'b/c/d': the member's own name stays."""
-    return name[len(member.rpartition("/")[0]) :].lstrip("/")
 
 
 def _inside(path: Path, root: Path, *, where: str, package: str) -> Path:
@@ -275,12 +265,6 @@ def _check_amount(total: int, members: int, *, where: str, package: str) -> None
         )  # fmt: skip
 
 
-def _make_room(folder: Path, needed: int) -> None:
-    """Asked before the first byte is written: a disk that fills up hurts others too."""
-    if _free_bytes(folder) < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
 def _free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
@@ -291,7 +275,9 @@ def _no_member(names: Sequence[str], member: str, *, where: str, package: str) -
     fix = did_you_mean(close_matches(member, names))
     some = ", ".join(sorted(names)[:5])
     return MemberError(
-        where, f"{package} holds no {member!r}", fix=fix or (f"it holds {some}, ..." if some else "")
+        where,
+        f"{package} holds no {member!r}",
+        fix=fix or (f"it holds {some}, ..." if some else ""),
     )
 
 
@@ -317,8 +303,9 @@ def _reason(output: str, mark: str = "") -> str:
 
 
 def _run(
-    command: Sequence[str], folder: Path, *, where: str, label: str, tell: Tell
-) -> tuple[int, str]:
+    command: Sequence[str], folder: Path, *, where: str, label: str, tell: Tell,
+    cwd: Path | None = None,
+) -> tuple[int, str]:  # fmt: skip
     """Exit code and output of a command that writes to `folder`, whose growth is the progress."""
     scratch, log = folder / "tmp", folder / "output.txt"
     scratch.mkdir(exist_ok=True)
@@ -327,7 +314,7 @@ def _run(
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            command, cwd=folder, env=environment,
+            command, cwd=cwd, env=environment,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         ) as process,
     ):  # fmt: skip
@@ -336,7 +323,8 @@ def _run(
                 try:
                     process.wait(0.2)
                 except subprocess.TimeoutExpired:
-                    done = max(done, _bytes_below(folder))
+                    scratched = _bytes_below(scratch)  # pip loads it there, then copies it
+                    done = max(done, scratched, _bytes_below(folder) - scratched)
                     tell(label, done, 0)
                 if done > MAX_BYTES:
                     raise SourceError(

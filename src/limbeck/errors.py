@@ -55,7 +55,9 @@ class AxisError(LimbeckError): ...
 class MissingExtraError(LimbeckError):
     @classmethod
     def of(cls, purpose: str, extra: str) -> "MissingExtraError":
-        return cls(purpose, "an optional dependency is missing", fix=f"pip install 'limbeck[{extra}]'")
+        return cls(
+            purpose, "an optional dependency is missing", fix=f"pip install 'limbeck[{extra}]'"
+        )
 
 
 class TargetMissedError(LimbeckError):

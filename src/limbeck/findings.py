@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from limbeck.cache import Fetched
 from limbeck.recipe import Recipe
 from limbeck.report import (
     Artifact,
@@ -29,7 +30,6 @@ from limbeck.report import (
     TrainingPoint,
 )
 from limbeck.run import Made, Run, write_text
-from limbeck.sources import Fetched
 
 _VERSIONED = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers",
@@ -109,12 +109,12 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
     compared = member.compared.json("comparison.json")
     artifacts = _artifacts(run, member)
     main = next(a for a in artifacts if a.format == member.primary)
-    measured = {
+    measured: dict[Any, Any] = {
         "params": found["params"],
         "size_mb": main.size_bytes / 1e6,
         "latency_ms": main.latency_ms.median if main.latency_ms else None,
     }
-    asked = recipe.student(member.name).budget.model_dump(exclude_none=True)
+    asked: dict[Any, Any] = recipe.student(member.name).budget.model_dump(exclude_none=True)
     return StudentEntry(
         name=member.name,
         params=found["params"],
@@ -123,7 +123,9 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
         reason=plan["reason"],
         budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
-        retention=Retention.model_validate(compared["retention"]) if compared["retention"] else None,
+        retention=Retention.model_validate(compared["retention"])
+        if compared["retention"]
+        else None,
         fidelity=Fidelity.model_validate(compared["fidelity"]),
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),

@@ -31,7 +31,7 @@ def linear_predictions(
         for ngrams, c in _GRID:
             vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, ngrams))
             model = LinearSVC(C=c, random_state=0).fit(vectors.fit_transform(train[0]), train[1])
-            found = (float((model.predict(vectors.transform(validation[0])) == validation[1]).mean()))
+            found = float((model.predict(vectors.transform(validation[0])) == validation[1]).mean())
             best = max(best, (found, ngrams, c))
             bar.advance(1)
         accuracy, ngrams, c = best

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.cache import Fetched
 from limbeck.energy import CodecarbonMeter
 from limbeck.findings import Member, assemble, write_cards
 from limbeck.progress import Progress, Silent
@@ -22,7 +23,7 @@ from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import rebase
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run
-from limbeck.sources import Fetched, fetch
+from limbeck.sources import fetch
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def distill(
     `base` is the folder that the recipe's relative paths start from. Raises a LimbeckError; an
     unmet budget is no error here but stands in the report.
     """
-    progress = progress or Silent()
+    progress = progress if progress is not None else Silent()
     recipe = rebase(recipe, base or Path.cwd())
     with open_run(out, recipe, meter or CodecarbonMeter(), repair=repair) as run:
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
@@ -58,7 +59,9 @@ def distill(
         plans = {student.name: still.plan(student, teacher, space) for student in recipe.students}
         original = still.measured_teacher(teacher, data)
         family = {
-            student.name: still.member(student, plans[student.name], teacher, signals, space, data, original)
+            student.name: still.member(
+                student, plans[student.name], teacher, signals, space, data, original
+            )
             for student in recipe.students
         }
         linear = still.linear(data) if recipe.evidence.linear else None
@@ -70,7 +73,13 @@ def distill(
 
 def fetch_sources(recipe: Recipe, progress: Progress) -> Sources:
     """Model and data on this machine's disk."""
-    show = lambda label, done, total: progress.say(f"fetching {label}") if not done else None  # noqa: E731
+    told: set[str] = set()
+
+    def show(label: str, _done: int, _total: int) -> None:
+        if label not in told:
+            told.add(label)
+            progress.say(f"fetching {label}")
+
     get = partial(fetch, progress=show)
     data = recipe.data
     return Sources(
@@ -237,9 +246,9 @@ class _Still:
 
     def _smallest(self) -> str:
         params: Mapping[str, int] = {
-            s.name: Made(self.run.folder / "students" / s.name / "plan", "").json("plan.json")["cost"][
-                "params"
-            ]
+            s.name: Made(self.run.folder / "students" / s.name / "plan", "").json("plan.json")[
+                "cost"
+            ]["params"]
             for s in self.recipe.students
         }
         return min(params, key=params.__getitem__)

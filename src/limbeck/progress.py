@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -12,15 +12,11 @@ class Bar(Protocol):
 
 
 class Progress(Protocol):
-    def bar(self, title: str, total: int, unit: str, *, done: int = 0) -> _Opened: ...
+    def bar(
+        self, title: str, total: int, unit: str, *, done: int = 0
+    ) -> AbstractContextManager[Bar]: ...
 
     def say(self, line: str) -> None: ...
-
-
-class _Opened(Protocol):
-    def __enter__(self) -> Bar: ...
-
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 class Silent:

@@ -114,7 +114,9 @@ def _read(path: Path) -> str:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise RecipeError(
-            str(path), f"{size:,} bytes are too many for a recipe", allowed=f"at most {_MAX_BYTES:,}"
+            str(path),
+            f"{size:,} bytes are too many for a recipe",
+            allowed=f"at most {_MAX_BYTES:,}",
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -128,7 +130,7 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses anchors and repeated keys as well as tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not allowed in a recipe", event.start_mark
@@ -138,7 +140,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            name = self.construct_object(key, deep=True)
             if not isinstance(name, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{name!r}: a setting's name must be text", key.start_mark
@@ -159,8 +161,10 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             depth -= isinstance(event, yaml.events.CollectionEndEvent)
             deepest = max(deepest, depth)
             if deepest > _MAX_DEPTH:
-                raise RecipeError(where, "nested too deeply", allowed=f"at most {_MAX_DEPTH} levels")
-        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 a SafeLoader with more refusals
+                raise RecipeError(
+                    where, "nested too deeply", allowed=f"at most {_MAX_DEPTH} levels"
+                )
+        data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "somewhere"
@@ -214,14 +218,16 @@ def _index(entries: list[Any], key: str, path: str) -> int:
 
 def _explain(error: ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
-    steps: list[str | int] = [step for step in first["loc"]]
+    steps: list[str | int] = list(first["loc"])
     where = _path(steps)
     match first["type"]:
         case "extra_forbidden":
             known = _settings_at(steps[:-1])
             close = difflib.get_close_matches(str(steps[-1]), known, 1)
             fix = f"did you mean {close[0]!r}?" if close else ""
-            return RecipeError(where, "no such setting", allowed="" if fix else _list(known), fix=fix)
+            return RecipeError(
+                where, "no such setting", allowed="" if fix else _list(known), fix=fix
+            )
         case "missing":
             return RecipeError(where, "missing", fix="add it")
         case "value_error":

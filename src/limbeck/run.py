@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,7 +130,7 @@ class Run:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "stage.json"
         }
-        record = {
+        record: dict[str, Any] = {
             "fingerprint": wanted,
             "digest": fingerprint({k: v for k, v in files.items() if k not in _NOTES}),
             "files": files,
@@ -170,9 +170,7 @@ class Run:
 
 
 @contextmanager
-def open_run(
-    folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False
-) -> Iterator[Run]:
+def open_run(folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False) -> Iterator[Run]:
     """The run in this folder, locked against a second process.
 
     Raises RunFolderError if the folder holds another recipe (another task, data, teacher or seed),
@@ -273,10 +271,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 @contextmanager
 def _ignore_full_disk() -> Iterator[None]:
     """The bookkeeping of a failed stage must not hide why it failed."""
-    try:
+    with suppress(OSError):
         yield
-    except OSError:
-        pass
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

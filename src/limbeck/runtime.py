@@ -160,8 +160,9 @@ def time_artifact(
 
 def _failed(path: Path, what: str, output: str | bytes | None) -> LimbeckError:
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    said = _last_lines(text) or "it said nothing"
     return LimbeckError(
-        f"timing {path}", f"the process that ran it {what}: {_last_lines(text) or 'it said nothing'}",
+        f"timing {path}", f"the process that ran it {what}: {said}",
         fix="`limbeck doctor` says whether the runtimes work",
     )  # fmt: skip
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from limbeck import measure, runtime
 from limbeck._startup import keep_memory
-from limbeck.architecture.axes import axes_from_json, axes_to_json, find_axis
+from limbeck.architecture.axes import axes_from_json, axes_to_json
 from limbeck.architecture.cut import (
     build_student,
-    full_shape,
     keep_layers,
     shape_parameters,
     sort_units,
@@ -49,7 +50,7 @@ from limbeck.tasks.text_classification import Rows, TextClassification
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.train import Training, train
-from limbeck.types import Shape, StudentPlan
+from limbeck.types import Cost, Shape, StudentPlan, Teacher
 
 Start = Literal["prefix", "random"]
 _IMPORTANCE_ROWS = 320  # training rows that units and layers are scored on
@@ -60,9 +61,7 @@ keep_memory()
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-def tune(
-    folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress
-) -> None:
+def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
     """The teacher, taught the task if the recipe says so, as a plain Hugging Face folder."""
     task = TextClassification(data)
     torch.manual_seed(recipe.seed)  # the new head
@@ -82,9 +81,7 @@ def tune(
         )
         _show_example(task, progress)
         train(classifier, training, folder, progress)
-    save_folder(
-        classifier, model, folder, labels=task.labels, card="", max_tokens=recipe.task.max_tokens
-    )
+    save_folder(classifier, model, folder, labels=task.labels, max_tokens=recipe.task.max_tokens)
 
 
 def _require_head(model: Path, labels: Sequence[str]) -> None:
@@ -105,9 +102,7 @@ def capture(
     task = TextClassification(data)
     live = LiveTeacher(load_classifier(teacher, task.labels, where="teacher"), teacher_digest)
     made_from = {"teacher": teacher_digest, "data": data_digest, "split": "train"}
-    signal_capture.capture(
-        live, task.rows("train"), folder, made_from=made_from, progress=progress
-    )
+    signal_capture.capture(live, task.rows("train"), folder, made_from=made_from, progress=progress)
 
 
 def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progress) -> None:
@@ -150,7 +145,12 @@ class Planner:
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
         plan = plan_student(
-            student, where, self.space, self.axes, lambda n: keep_layers(self.scores, n), self.latency
+            student,
+            where,
+            self.space,
+            self.axes,
+            lambda n: keep_layers(self.scores, n),
+            self.latency,
         )
         exact = shape_parameters(self.config, build_classifier, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
@@ -173,14 +173,12 @@ def space_of(config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
 
 def time_shape(recipe: Recipe, config: Any, axes: Sequence[Any], shape: Shape) -> float:
     """Median ms of a random-weight model of this shape, through the real export and runtime."""
-    import tempfile
-
     torch.manual_seed(0)
     model = build_classifier(student_config(config, axes, shape)).eval()
     with tempfile.TemporaryDirectory(prefix="limbeck-") as name:
         folder = Path(name)
         if recipe.export.primary == "hf":
-            model.save_pretrained(folder)
+            model.save_pretrained(folder)  # type: ignore[operator]
         path = _write_onnx(model, folder, recipe, {recipe.export.primary})[recipe.export.primary]
         timing = runtime.time_artifact(
             path, recipe.export.primary, max_tokens=recipe.task.max_tokens,
@@ -191,10 +189,6 @@ def time_shape(recipe: Recipe, config: Any, axes: Sequence[Any], shape: Shape) -
 
 
 def read_plan(folder: Path) -> StudentPlan:
-    import json
-
-    from limbeck.types import Cost
-
     data = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     shape = Shape(data["shape"]["sizes"], tuple(data["shape"]["layers"]))
     return StudentPlan(
@@ -210,7 +204,8 @@ def distil(
     task = TextClassification(data)
     model = _student(recipe, shape, teacher, survey, task, start)
     if signals is None:
-        objective, source = Objective(hard_weight=1.0), NoTeacher()
+        source: Teacher = NoTeacher()
+        objective = Objective(hard_weight=1.0)
     else:
         spec = recipe.distill
         objective = Objective(
@@ -246,8 +241,9 @@ def _save(
     model: nn.Module, recipe: Recipe, teacher: Path, folder: Path, task: TextClassification
 ) -> None:
     save_folder(
-        model, teacher, folder, labels=task.labels, card="", max_tokens=recipe.task.max_tokens
-    )
+        cast(PreTrainedModel, model), teacher, folder, labels=task.labels,
+        max_tokens=recipe.task.max_tokens,
+    )  # fmt: skip
 
 
 def _student(
@@ -315,7 +311,11 @@ def measure_artifacts(
             "format": format,
             "size_bytes": size_bytes(path),
             "quality": _quality(logits, rows.labels),
-            "latency_ms": {"median": timing.latency_ms, "p95": timing.latency_p95_ms, "n": timing.runs},
+            "latency_ms": {
+                "median": timing.latency_ms,
+                "p95": timing.latency_p95_ms,
+                "n": timing.runs,
+            },
             "throughput_per_s": timing.throughput_per_s,
             "peak_memory_bytes": timing.peak_memory_bytes,
             "device": timing.device,
@@ -359,9 +359,7 @@ def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
     write_json(folder / "comparison.json", measure.compare(theirs, mine, labels, task.labels))
 
 
-def _predict(
-    path: Path, format: str, rows: Rows, progress: Progress, title: str
-) -> np.ndarray:
+def _predict(path: Path, format: Any, rows: Rows, progress: Progress, title: str) -> np.ndarray:
     with progress.bar(title, len(rows), "examples") as bar:
         return runtime.predict(
             path, format, rows.tokens, threads=torch.get_num_threads(), pad_id=rows.pad_id,
@@ -389,7 +387,9 @@ def _validator(task: TextClassification, seed: int) -> Any:
 def _show_example(task: TextClassification, progress: Progress) -> None:
     rows = task.rows("train")
     text, label = rows.texts[0], task.labels[rows.labels[0]]
-    progress.say(f"the first training example, {len(rows.tokens[0])} tokens, label {label!r}: {text}")
+    progress.say(
+        f"the first training example, {len(rows.tokens[0])} tokens, label {label!r}: {text}"
+    )
 
 
 def size_bytes(path: Path) -> int:

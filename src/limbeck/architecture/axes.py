@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,10 +100,10 @@ def axes_from_json(text: str) -> tuple[Axis, ...]:
 
 
 def _axis(data: Mapping[str, object]) -> Axis:
-    def members(rows: list[dict]) -> tuple[Member, ...]:
+    def members(rows: list[dict[str, Any]]) -> tuple[Member, ...]:
         return tuple(Member(**{**row, "segments": tuple(row["segments"])}) for row in rows)
 
-    values: dict = dict(data)
+    values: dict[str, Any] = dict(data)
     values["groups"] = tuple(
         Group(g["name"], g["units"], members(g["members"])) for g in values["groups"]
     )

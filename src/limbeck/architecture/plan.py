@@ -74,9 +74,7 @@ def candidates(
             size_bytes = matrices * per_matrix + rest * per_rest
             size_bytes += _OVERHEAD[format] + _OVERHEAD_PER_LAYER[format] * n
             per_layer = inside[0] / layers.size if layers else 0.0
-            found.append(
-                Candidate(sizes, n, round(matrices + rest), round(size_bytes), per_layer)
-            )
+            found.append(Candidate(sizes, n, round(matrices + rest), round(size_bytes), per_layer))
     return found
 
 
@@ -147,7 +145,9 @@ class LatencyModel:
         # relative errors count alike for fast and slow shapes; no weight may be negative
         active = [0, 1, 2]
         while active:
-            weights = np.linalg.lstsq(rows[:, active] / times[:, None], np.ones(len(times)), rcond=None)[0]
+            weights = np.linalg.lstsq(
+                rows[:, active] / times[:, None], np.ones(len(times)), rcond=None
+            )[0]
             if (weights >= 0).all():
                 break
             active.remove(active[int(weights.argmin())])
@@ -239,9 +239,7 @@ def _within(candidate: Candidate, budget: BudgetSpec) -> bool:
     )
 
 
-def _reason(
-    budget: BudgetSpec, best: Candidate, axes: Sequence[Axis], considered: int
-) -> str:
+def _reason(budget: BudgetSpec, best: Candidate, axes: Sequence[Axis], considered: int) -> str:
     kept = [
         f"{100 * size / axis.size:.0f} % of {axis.name}"
         for axis in usable(axes)

@@ -167,16 +167,16 @@ def _parts(bench: Bench, small: SmallCopy, probe: Probe, regroup: Sequence[Probe
             parts += [Part(field, dims) for dims in found.groups]
             bound |= found.bound
             left = [d for d in left if not any(d in part.dims for part in parts)]
-    plain = [part for part in parts if part.field == probe.fields[0]]
     for dim in [d for d in left if d not in bound]:
         # What disturbs nothing goes where its module's weight goes (a key's bias under softmax),
         # or else with the largest part of single units (a mask token that no input uses).
         weight = (dim[0].rpartition(".")[0] + ".weight", 0)
-        home = next((part for part in parts if weight in part.dims), None)
-        if home is None and plain and weight[0] not in bench.tensors:
-            home = max(plain, key=lambda part: len(part.dims))
+        home = next((at for at, part in enumerate(parts) if weight in part.dims), None)
+        if home is None and weight[0] not in bench.tensors:
+            plain = [at for at, part in enumerate(parts) if part.field == probe.fields[0]]
+            home = max(plain, key=lambda at: len(parts[at].dims), default=None)
         if home is not None:
-            parts[parts.index(home)] = Part(home.field, home.dims | {dim})
+            parts[home] = Part(parts[home].field, parts[home].dims | {dim})
     return parts
 
 

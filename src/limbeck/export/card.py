@@ -41,7 +41,10 @@ class Origin(Protocol):
     def uri(self) -> str: ...
 
     @property
-    def license(self) -> str | None: ...  # as its package or card says; None: it does not say
+    def origin(self) -> str: ...  # 'pypi', 'apt', 'hub' or 'local'
+
+    @property
+    def licence(self) -> str | None: ...  # as its package or card says; None: it does not say
 
 
 def model_card(report: Report, student: StudentEntry, *, teacher: Origin, data: Origin) -> str:
@@ -77,57 +80,53 @@ def model_card(report: Report, student: StudentEntry, *, teacher: Origin, data: 
 
 def _front_matter(teacher: Origin) -> str:
     fields: dict[str, Any] = {
-        "license": _license_id(teacher.license),
-        "base_model": teacher.uri if _is_hub_id(teacher.uri) else None,
+        "license": _licence_id(teacher.licence),
+        "base_model": teacher.uri if teacher.origin == "hub" else None,
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["limbeck", "knowledge-distillation", "text-classification"],
         "metrics": ["accuracy"],
     }
     given = {key: value for key, value in fields.items() if value is not None}
-    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    return text
 
 
-def _license_id(text: str | None) -> str:
+def _licence_id(text: str | None) -> str:
     """The hub's identifier where the text is one word of that kind, else `other` or `unknown`."""
     if not text:
         return "unknown"
     return text.lower() if re.fullmatch(r"[A-Za-z0-9.+-]{2,40}", text) else "other"
 
 
-def _is_hub_id(uri: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) is not None
-
-
 def _origins(
     report: Report, student: StudentEntry, teacher: Origin, data: Origin
 ) -> list[tuple[str, ...]]:
     unknown = "not stated; ask its owner before you publish this model"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("teacher", teacher.uri),
-        ("teacher's licence", teacher.license or unknown),
+        ("teacher's licence", teacher.licence or unknown),
         ("data", data.uri),
-        ("data's licence", data.license or unknown),
+        ("data's licence", data.licence or unknown),
         ("shape", shape_text(student)),
         ("why this shape", student.reason),
     ]
     if tokens := _max_tokens(report):
         rows.append(("input", f"at most {tokens} tokens, special tokens included; the rest is cut"))
-    return [(head, text) for head, text in rows]
+    return rows
 
 
 def _max_tokens(report: Report) -> int | None:
-    return report.recipe.get("task", {}).get("max_tokens")
+    tokens: int | None = report.recipe.get("task", {}).get("max_tokens")
+    return tokens
 
 
 def _kept(report: Report, student: StudentEntry) -> str:
     ours, theirs = student.main.quality, report.teacher.main.quality
     if ours is None or theirs is None:
         return "Not measured yet."
-    text = (
-        f"As {student.primary}, on {ours.n:,} held-out examples: {ours.metric} {quality_text(ours)}, "
-        f"the teacher's {quality_text(theirs)}."
-    )
+    text = f"As {student.primary}, on {ours.n:,} held-out examples: {ours.metric} "
+    text += f"{quality_text(ours)}, the teacher's {quality_text(theirs)}."
     if student.retention:
         text += f" It keeps {quality_text(student.retention)} of it."
     if student.fidelity:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.models import label_config
@@ -30,12 +31,17 @@ def save_folder(
 ) -> None:
     """Write config, safetensors, tokenizer and (unless empty) the card as README.md.
 
-    The same model gives the same bytes. Only what the model's own class knows is saved: a head or
-    projector that a training run hung on it is not a part of it.
+    The same model gives the same bytes. Raises ValueError for a model that carries what its class
+    does not know, such as a projector: nobody else could load it.
     """
     config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        known = type(model)(config).state_dict().keys()
+    if strange := model.state_dict().keys() ^ known:
+        raise ValueError(f"not what {type(model).__name__} consists of: {sorted(strange)}")
     label_config(config, labels)
     config.architectures = [type(model).__name__]
+    config.dtype = model.dtype  # transformers notes it only in passing, on the first save
     config._name_or_path = ""  # where the teacher lay on this machine
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

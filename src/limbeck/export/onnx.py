@@ -118,11 +118,11 @@ def _attention_translation() -> Callable[..., Any]:
     from onnxscript import opset20 as op
     from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
-    # No annotations: onnxscript would read them as ONNX types.
+    # Any, as onnxscript reads other annotations as ONNX types.
     def attention(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-        enable_gqa=False,
-    ):  # fmt: skip
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0,
+        is_causal: Any = False, scale: Any = None, enable_gqa: Any = False,
+    ) -> Any:  # fmt: skip
         if is_causal or enable_gqa:
             return aten_scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
@@ -131,8 +131,9 @@ def _attention_translation() -> Callable[..., Any]:
         scaled = op.Mul(query, op.Constant(value_float=scale))
         scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))  # (B, heads, T, T)
         if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
-            shut = op.Constant(value_float=torch.finfo(torch.float32).min)
-            attn_mask = op.Where(attn_mask, op.Constant(value_float=0.0), shut)
+            lowest: Any = op.Constant(value_float=torch.finfo(torch.float32).min)
+            zero: Any = op.Constant(value_float=0.0)
+            attn_mask = op.Where(attn_mask, zero, lowest)
         if attn_mask is not None:
             scores = op.Add(scores, attn_mask)
         return op.MatMul(op.Softmax(scores, axis=-1), value)

@@ -77,7 +77,7 @@ def _delimited_rows(
     path: Path, delimiter: str, spec: DataSpec, wanted: Sequence[str], where: str
 ) -> Iterator[dict[str, Any]]:
     # a .tab or .tsv line is split at tabs alone; quotes in it are text
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8", newline="") as file:
         try:
@@ -142,7 +142,7 @@ def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, A
             raise DataError(where, f"{folder} holds no .txt file", fix="fill or remove it")
         for file in files:
             text = file.read_text(encoding="utf-8", errors="strict")
-            yield {spec.text: text, spec.label: folder.name, spec.group: file.name}
+            yield {spec.text: text, spec.label: folder.name, **({spec.group: file.name} if spec.group else {})}
 
 
 def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:

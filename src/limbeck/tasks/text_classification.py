@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ class TextClassification:
         return Rows(
             ids=table["id"].to_numpy(),
             labels=table["label"].to_numpy(),
-            tokens=tuple(flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)),
+            tokens=tuple(flat[a:b] for a, b in itertools.pairwise(ends)),
             texts=tuple(table["text"].to_pylist()),
             pad_id=self.about["pad_id"],
         )

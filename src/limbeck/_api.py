@@ -1,0 +1,75 @@
+"""The verbs, as functions. Heavy imports happen inside: `limbeck --help` needs none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.progress import Progress
+    from limbeck.recipe import Recipe
+    from limbeck.report import Report
+    from limbeck.types import StudentPlan
+
+
+def distill(
+    recipe: str | Path | Recipe, out: str | Path, *, overrides: Sequence[str] = (),
+    repair: bool = False, progress: Progress | None = None,
+) -> Report:  # fmt: skip
+    """Distil the recipe's teacher into its family of students, in the folder `out`.
+
+    `recipe` is a built-in name, a file, or a Recipe; `overrides` are `a.b=c` as with `--set`.
+    Raises LimbeckError subclasses; an unmet budget stands in the report.
+    """
+    from limbeck import pipeline
+
+    loaded, base = _load(recipe, overrides)
+    return pipeline.distill(loaded, Path(out), base=base, repair=repair, progress=progress)
+
+
+def plan(
+    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> tuple[StudentPlan, ...]:
+    """The shape of each student, before any training: parameters, predicted size and latency."""
+    from limbeck import planning
+
+    loaded, base = _load(recipe, overrides)
+    return planning.plan(loaded, base, progress)
+
+
+def load_report(run: str | Path) -> Report:
+    """The report of a finished run."""
+    from limbeck.report import read_report
+
+    return read_report(Path(run))
+
+
+def list_recipes() -> dict[str, Path]:
+    """The built-in recipes by name."""
+    from limbeck.recipe_file import built_in_recipes
+
+    return built_in_recipes()
+
+
+def try_student(student: str | Path, text: str) -> list[tuple[str, float]]:
+    """(label, probability), most probable first, from an exported file or its folder."""
+    from limbeck import trying
+
+    return trying.classify(Path(student), text)
+
+
+def doctor() -> dict[str, Any]:
+    """What this installation can do: versions, extras, devices, cache."""
+    from limbeck import checkup
+
+    return checkup.examine()
+
+
+def _load(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    from limbeck.recipe import Recipe
+    from limbeck.recipe_file import load_recipe, validate
+
+    if isinstance(recipe, Recipe):
+        return validate(recipe.model_dump(mode="json")), Path.cwd()
+    return load_recipe(recipe, overrides)

@@ -1,0 +1,238 @@
+"""The command line: verbs, and the only place that speaks to people. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import LimbeckError, TargetMissedError
+
+_EPILOG = """\
+exit codes: 0 done, 2 a mistake in what was asked, 3 a budget was not met, 4 stored data is
+damaged, 130 interrupted (run the same command again: it goes on where it stopped)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except LimbeckError as error:
+        print(f"limbeck: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nlimbeck: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="limbeck", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distils a model you have into the family of models you need.",
+    )  # fmt: skip
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        made.set_defaults(run=run)
+        return made
+
+    def recipe(made: argparse.ArgumentParser) -> None:
+        made.add_argument("recipe", help="a built-in recipe's name, a YAML file or a run folder")
+        made.add_argument(
+            "--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides",
+            help="change a setting, e.g. students.small.budget.size_mb=4; may be repeated",
+        )  # fmt: skip
+
+    distill = verb("distill", _distill, "teach, export, measure and report a family of students")
+    recipe(distill)
+    distill.add_argument("--out", required=True, type=Path, help="the run's folder; resumes there")
+    distill.add_argument("--repair", action="store_true", help="make damaged stages anew")
+    recipe(verb("plan", _plan, "show each student's shape and predicted cost before any training"))
+    shown = verb("report", _report, "print a finished run's table and where its report lies")
+    shown.add_argument("run_folder", type=Path, metavar="DIR", help="the run's folder")
+    listed = verb("recipes", _recipes, "list the built-in recipes, or show one")
+    listed.add_argument("show", nargs="?", choices=["show"], help="print a recipe to start from")
+    listed.add_argument("name", nargs="?", help="which")
+    tried = verb("try", _try, "classify a text with an exported student")
+    tried.add_argument(
+        "student", type=Path, help="RUN/students/NAME, an .onnx file or an hf folder"
+    )
+    tried.add_argument("text", help="what to classify")
+    verb("doctor", _doctor, "say what this installation can do: devices, extras, versions, cache")
+    return parser
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    with _terminal() as progress:
+        report = _api.distill(
+            arguments.recipe, arguments.out, overrides=arguments.overrides,
+            repair=arguments.repair, progress=progress,
+        )  # fmt: skip
+    _show(report, arguments.out)
+    missed = [s.name for s in report.students if not s.budget.met]
+    if missed:
+        lines = [
+            f"{s.name}: asked {dict(s.budget.asked)}, measured {dict(s.budget.measured)}"
+            for s in report.students
+            if not s.budget.met
+        ]
+        raise TargetMissedError("budget", "; ".join(lines), fix="raise it, or measure again")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    with _terminal() as progress:
+        plans = _api.plan(arguments.recipe, overrides=arguments.overrides, progress=progress)
+    rows = [["student", "parameters", "size MB", "latency ms", "shape", "why"]]
+    for p in plans:
+        latency = "" if p.cost.latency_ms is None else f"{p.cost.latency_ms:.2f}"
+        shape = ", ".join(f"{k} {v}" for k, v in p.shape.sizes.items())
+        shape += f", {len(p.shape.layers)} layers"
+        size = f"{p.cost.size_bytes / 1e6:.2f}"
+        rows.append([p.name, f"{p.cost.params:,}", size, latency, shape, p.reason])
+    _table(rows)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    _show(_api.load_report(arguments.run_folder), arguments.run_folder)
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+    from limbeck.errors import RecipeError
+
+    known = _api.list_recipes()
+    if arguments.show is None:
+        for name, path in known.items():
+            title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            print(title.removeprefix(f"{name}: ").join([f"{name:12} ", ""]))
+    elif arguments.name in known:
+        print(known[arguments.name].read_text(encoding="utf-8"), end="")
+    else:
+        raise RecipeError("recipes show", f"{arguments.name!r}", allowed=", ".join(known))
+
+
+def _try(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    for label, probability in _api.try_student(arguments.student, arguments.text)[:5]:
+        print(f"{100 * probability:5.1f} %  {label}")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:  # noqa: ARG001 one signature for all verbs
+    from limbeck import _api
+
+    for title, found in _api.doctor().items():
+        items = [f"{k}: {v}" for k, v in found.items()] if isinstance(found, dict) else found
+        print(f"{title}: {items}" if isinstance(items, str) else f"{title}:")
+        for line in [] if isinstance(items, str) else items:
+            print(f"  {line}")
+
+
+def _show(report: Any, folder: Path) -> None:
+    from limbeck.report import terminal_table, verdicts
+
+    _table(terminal_table(report))
+    for verdict in verdicts(report):
+        print(f"{'yes' if verdict.ok else 'NO ':3}  {verdict.text}")
+    print(f"report: {folder / 'report.html'}")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in rows[0]:
+        table.add_column(escape(head), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+class _Terminal:
+    """Bars with speed and time left on a terminal; one line every so often in a log file."""
+
+    _EVERY = 15.0  # seconds between lines in a log file
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._live = bars.console.is_terminal
+
+    def say(self, line: str) -> None:
+        from rich.markup import escape
+
+        self._bars.console.print(escape(line), soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Any]:
+        opened = _Bar(self, title, total, unit, done)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+class _Bar:
+    def __init__(self, terminal: _Terminal, title: str, total: int, unit: str, done: int) -> None:
+        self._terminal, self._title, self._total, self._unit = terminal, title, total, unit
+        self._start = self._shown = time.monotonic()
+        self._first = self._done = done
+        self._task = terminal._bars.add_task(
+            title, total=total, completed=done, unit=unit, speed=""
+        )
+
+    def advance(self, amount: int, note: str = "") -> None:  # noqa: ARG002 the protocol's
+        self._done += amount
+        now = time.monotonic()
+        speed = (self._done - self._first) / max(now - self._start, 1e-9)
+        self._terminal._bars.update(self._task, advance=amount, speed=f"{speed:.1f}/s")
+        if not self._terminal._live and now - self._shown > _Terminal._EVERY:
+            self._shown = now
+            left = (self._total - self._done) / max(speed, 1e-9)
+            self._terminal.say(
+                f"{self._title:36} {self._done:>7}/{self._total} {self._unit}"
+                f"  {speed:8.1f}/s  {left:5.0f} s left"
+            )
+
+    def close(self) -> None:
+        self._terminal._bars.remove_task(self._task)
+        if not self._terminal._live:
+            seconds = time.monotonic() - self._start
+            self._terminal.say(f"{self._title:36} {self._done} {self._unit} in {seconds:.1f} s")
+
+
+@contextmanager
+def _terminal() -> Iterator[_Terminal]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}, {task.fields[speed]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        yield _Terminal(bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
