@@ -135,7 +135,7 @@ def test_a_header_that_lies_is_found(tmp_path, change):
         case "crc":
             data[header + 16] ^= 1
     wheel.write_bytes(data)
-    with pytest.raises(SourceError, match="damaged|not safe"):
+    with pytest.raises(SourceError, match=r"damaged|not safe"):
         unpack(wheel, "pkg/a.txt", tmp_path / "to")
 
 
@@ -262,7 +262,7 @@ def test_a_download_without_end_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MAX_BYTES", 10_000)
     with pytest.raises(SourceError, match="more than 10,000 bytes"):
         archives._run(
-            ["sh", "-c", "head -c 20000 /dev/zero > big; sleep 60"],
+            ["sh", "-c", "head -c 20000 /dev/zero > big; exec sleep 60"],
             tmp_path, where="x", label="x", tell=tell, cwd=tmp_path,
         )  # fmt: skip
 

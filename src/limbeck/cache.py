@@ -120,7 +120,7 @@ def alone_in(folder: Path) -> Iterator[Path]:
 
 def read_entry(folder: Path) -> Fetched | None:
     record = read_record(folder / "entry.json")
-    if record is None or not {"files", *_FIELDS} <= {*record}:
+    if record is None:
         return None
     return Fetched(**{name: record[name] for name in _FIELDS} | {"path": folder / record["path"]})
 
@@ -180,11 +180,17 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
+    """An entry.json or package.json; a damaged one is none."""
+    needed = {"file", "sha256", "licence", "fetched"}
+    if path.name == "entry.json":
+        needed = {"files", *_FIELDS}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == _SCHEMA else None
+    if not isinstance(record, dict) or record.get("schema") != _SCHEMA or needed - {*record}:
+        return None
+    return record
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

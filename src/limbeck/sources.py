@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -120,7 +121,7 @@ def _parse(uri: str, *, where: str, base: Path, kind: Kind) -> _Place | Path:
     if scheme not in _PATTERNS:
         raise SourceError(
             where, f"{uri!r} begins with an unknown {scheme}://", allowed=_ALLOWED,
-            fix=did_you_mean([f"{name}://" for name in close_matches(scheme, [*_FORMS])]),
+            fix=did_you_mean([f"{s}://" for s in get_close_matches(scheme, _FORMS, 1, 0.5)]),
         )  # fmt: skip
     if scheme == "hf" and kind == "model" and re.fullmatch(_HUB_MODEL, rest, re.ASCII):
         return _hub_place(rest, None)

@@ -142,7 +142,7 @@ def _verdict(axis: Axis, bench: _Bench) -> tuple[bool, str]:
     if axis.pattern:
         tests = (_skipping,)
     elif axis.groups:
-        inside = _lies_inside_layers(axis, bench)
+        inside = _lies_inside_layers(axis, bench) or _is_coupled(axis, bench)
         tests = (_layout, _permutation, _zeroing if inside else _same_units)
     else:
         return False, axis.reason  # refused when it was looked for
@@ -157,6 +157,10 @@ def _lies_inside_layers(axis: Axis, bench: _Bench) -> bool:
     pattern = layers.pattern if layers else ""
     homes = [[layer_of(pattern, m.parameter) for m in g.members] for g in axis.groups]
     return all(None not in home and len({p[0] for p in home if p}) == 1 for home in homes)
+
+
+def _is_coupled(axis: Axis, bench: _Bench) -> bool:
+    return any(axis.name in other.coupled for other in bench.axes)
 
 
 def _layout(axis: Axis, bench: _Bench) -> str:
@@ -248,7 +252,7 @@ def _zeroing(axis: Axis, bench: _Bench) -> str:
             shape = [-1 if d == member.dim else 1 for d in range(zeroed[member.parameter].dim())]
             zeroed[member.parameter] = zeroed[member.parameter] * keep.view(shape)
     reference = bench.under(zeroed)
-    if any(axis.name in other.coupled for other in bench.axes):
+    if _is_coupled(axis, bench):
         # No config has these sizes alone: the full model's code, run on the smaller weights.
         alone = [replace(axis, proved=True)]
         try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Dim = tuple[str, int]  # (parameter or buffer, dimension)
 
 _DIFFERENT = 1e-7  # relative; rounding of a float64 backward is near 1e-14
-_SILENT = 1e-9  # of the typical gradient: a key bias under softmax has only rounding
+_SILENT = 1e-9  # of the model's typical gradient: a key bias under softmax has only rounding
 _ATTEMPTS = 3  # other twins, where a unit was dead (ReLU)
 
 
@@ -126,8 +126,8 @@ def _with_twins(bench: Bench, dims: Sequence[Dim], units: int, first: int) -> Fo
             twins.equalise(bench.tensors[dim[0]], dim)
     before = bench.gradients()
     sizes = {dim: twins.size(before, dim) for dim in dims}
-    heard = sorted(size for size in sizes.values() if size > 0)
-    floor = _SILENT * heard[len(heard) // 2] if heard else 0.0
+    typical = sorted(gradient.abs().max().item() for gradient in before.values())
+    floor = _SILENT * typical[len(typical) // 2]
     loud = [dim for dim in dims if sizes[dim] > floor]
     bound = {dim for dim in loud if twins.differ(before, dim)}
     free = [dim for dim in loud if dim not in bound]

@@ -1,0 +1,414 @@
+"""Axes: found exactly, proved by permutation, and refused where they are wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import bert_axes, bert_config, build, logits, proved, random_model
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    ModernBertConfig,
+    RobertaConfig,
+    ViTConfig,
+)
+
+from limbeck.architecture.axes import (
+    Axis,
+    Group,
+    Member,
+    axes_from_json,
+    axes_to_json,
+    find_axis,
+    layer_of,
+    permuted,
+)
+from limbeck.architecture.probe import example_inputs, find_axes
+from limbeck.architecture.proof import prove_axes, skipped
+from limbeck.architecture.twins import Bench, find_groups
+from limbeck.errors import AxisError
+
+LAYERS = range(3)
+WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
+TEXT = {"vocab_size": 99, "max_position_embeddings": 40, "num_labels": 5, "intermediate_size": 48}
+
+
+def members(group):
+    return {(m.parameter, m.dim, m.block) for m in group.members}
+
+
+def expected_groups():
+    """BERT by hand: what moves with what, as (parameter, dimension, block)."""
+    top, residual, groups = "bert.embeddings", set(), {}
+    for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        residual.add((f"{top}.{table}.weight", 1, 1))
+    residual |= {(f"{top}.LayerNorm.{kind}", 0, 1) for kind in ("weight", "bias")}
+    for i in LAYERS:
+        at = f"bert.encoder.layer.{i}"
+        for into in ("attention.self.query", "attention.self.key", "attention.self.value"):
+            residual.add((f"{at}.{into}.weight", 1, 1))
+        residual.add((f"{at}.intermediate.dense.weight", 1, 1))
+        for out in ("attention.output", "output"):
+            residual.add((f"{at}.{out}.dense.weight", 0, 1))
+            residual.add((f"{at}.{out}.dense.bias", 0, 1))
+            residual |= {(f"{at}.{out}.LayerNorm.{kind}", 0, 1) for kind in ("weight", "bias")}
+        groups[f"ffn.{i}"] = {
+            (f"{at}.intermediate.dense.weight", 0, 1),
+            (f"{at}.intermediate.dense.bias", 0, 1),
+            (f"{at}.output.dense.weight", 1, 1),
+        }
+        groups[f"heads.{i}"] = {
+            (f"{at}.attention.self.{part}.{kind}", 0, 8)
+            for part in ("query", "key", "value")
+            for kind in ("weight", "bias")
+        } | {(f"{at}.attention.output.dense.weight", 1, 8)}
+    residual.add(("bert.pooler.dense.weight", 1, 1))
+    groups["hidden"] = residual
+    groups["hidden.bert.pooler.dense"] = {
+        ("bert.pooler.dense.weight", 0, 1),
+        ("bert.pooler.dense.bias", 0, 1),
+        ("classifier.weight", 1, 1),
+    }
+    return groups
+
+
+def test_bert_is_found_exactly():
+    axes = find_axes(bert_config(), build)
+    found = {group.name: members(group) for axis in axes for group in axis.groups}
+    assert found == expected_groups()
+    by_name = {axis.name: axis for axis in axes}
+    assert [a.name for a in axes[:4]] == ["hidden", "heads", "ffn", "layers"]
+    hidden, heads, ffn, layers = axes[:4]
+    assert (hidden.size, hidden.granularity, hidden.fields) == (32, 8, {"hidden_size": 1})
+    assert hidden.coupled == {"heads": 8}
+    assert (heads.size, heads.fields) == (4, {"num_attention_heads": 1})
+    assert (ffn.size, ffn.fields) == (48, {"intermediate_size": 1})
+    assert (layers.size, layers.pattern) == (3, "bert.encoder.layer.{}")
+    assert not any(axis.proved for axis in axes)
+    tables = {"vocab_size", "max_position_embeddings", "type_vocab_size"}
+    assert {*by_name} == {"hidden", "heads", "ffn", "layers"} | tables
+    assert all("lookup table" in by_name[name].reason for name in tables)
+
+
+def test_finding_leaves_the_random_state_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    find_axes(bert_config(), build)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bert_is_proved_and_left_bitwise_as_it_was():
+    model = random_model(bert_config()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    axes = proved(model, bert_axes())
+    assert {name for name, axis in axes.items() if axis.proved} == {
+        "hidden", "heads", "ffn", "layers"
+    }  # fmt: skip
+    assert "hidden=16, heads=2 has the same units" in axes["hidden"].reason
+    assert "cut equals zeroed" in axes["heads"].reason
+    assert "cut equals zeroed" in axes["ffn"].reason
+    assert "dropped equals skipped" in axes["layers"].reason
+    assert model.training
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_permuted_weights_are_other_weights_with_the_same_outputs():
+    model = random_model(bert_config())
+    groups = [group for axis in bert_axes() for group in axis.groups]
+    orders = {group.name: torch.randperm(group.units) for group in groups}
+    moved = permuted(model.state_dict(), groups, orders)
+    other = random_model(bert_config(), seed=1)
+    other.load_state_dict(moved)
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    assert not torch.equal(moved[name], model.state_dict()[name])
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def broken(name, change):
+    """The axes of BERT, one of them with its first group changed."""
+    axes = []
+    for axis in bert_axes():
+        if axis.name == name:
+            axis = replace(axis, groups=(change(axis.groups[0]), *axis.groups[1:]))
+        axes.append(axis)
+    return tuple(axes)
+
+
+@pytest.mark.parametrize("axis", ["hidden", "heads", "ffn"])
+@pytest.mark.parametrize("at", [0, 1, 2, -1])
+def test_an_axis_with_a_missing_member_is_refused(axis, at):
+    def without(group):
+        return replace(group, members=tuple(m for m in group.members if m != group.members[at]))
+
+    found = proved(random_model(bert_config()), broken(axis, without))[axis]
+    assert not found.proved
+    assert "changes the outputs" in found.reason
+
+
+def test_a_member_that_no_output_shows_is_missed_when_cut():
+    """A key's bias does not change the softmax, so no permutation can tell; its size does."""
+
+    def without_key_bias(group):
+        rest = tuple(m for m in group.members if not m.parameter.endswith("key.bias"))
+        return replace(group, members=rest)
+
+    axes = proved(random_model(bert_config()), broken("heads", without_key_bias))
+    assert not axes["hidden"].proved
+    assert not axes["heads"].proved
+    assert "key.bias" in axes["hidden"].reason + axes["heads"].reason
+
+
+def test_an_axis_with_a_stranger_is_refused():
+    def with_labels(group):
+        return replace(group, units=5, members=(*group.members, Member("classifier.weight", 0)))
+
+    found = proved(random_model(bert_config()), broken("ffn", with_labels))["ffn"]
+    assert not found.proved
+    assert "units" in found.reason
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_a_wrong_block_size_is_refused(block):
+    """Half a head is no unit. Two heads are one only as long as nobody asks for the finer one."""
+
+    def reblocked(group):
+        rows = tuple(replace(m, block=block) for m in group.members)
+        return replace(group, units=32 // block, members=rows)
+
+    axes = [
+        replace(a, size=32 // block, groups=tuple(map(reblocked, a.groups)))
+        if a.name == "heads"
+        else replace(a, coupled={"heads": block}, granularity=block) if a.coupled else a
+        for a in bert_axes()
+    ]  # fmt: skip
+    found = proved(random_model(bert_config()), tuple(axes))
+    assert not found["heads"].proved
+    assert not found["hidden"].proved  # what is coupled to it falls with it
+    assert ("smaller units" if block == 16 else "changes the outputs") in found["heads"].reason
+    assert found["ffn"].proved
+
+
+def test_a_regrouping_count_is_seen_in_the_smaller_model():
+    """hidden=24 with 4 heads loads strictly and computes something else."""
+    axes = tuple(
+        replace(a, coupled={}, granularity=4) if a.name == "hidden" else a for a in bert_axes()
+    )
+    assert not proved(random_model(bert_config()), axes)["hidden"].proved
+
+
+def test_layers_that_differ_from_skipped_are_refused():
+    class Counting(nn.Module):
+        """Scales by the layer's own number, which renumbering changes."""
+
+        def __init__(self, inner, number):
+            super().__init__()
+            self.inner, self.number = inner, number
+
+        def forward(self, hidden, *args, **kwargs):
+            return self.inner(hidden * (1 + self.number), *args, **kwargs)
+
+    def numbered(config):
+        model = build(config)
+        for i, layer in enumerate(model.bert.encoder.layer):
+            model.bert.encoder.layer[i] = Counting(layer, i)
+        return model.eval()
+
+    torch.manual_seed(0)
+    model = numbered(bert_config())
+    layers = replace(find_axis(bert_axes(), "layers"), proved=False)
+    inputs = example_inputs(model, model.config)
+    (found,) = prove_axes(model, model.config, numbered, [layers], inputs, seed=0)
+    assert not found.proved
+    assert "dropping layer 0 differs from skipping it" in found.reason
+
+
+def test_one_layer_cannot_be_dropped():
+    config = bert_config()
+    config.num_hidden_layers = 1
+    axes = proved(random_model(config), find_axes(config, build))
+    assert axes["hidden"].proved
+    assert "layers" not in axes or not axes["layers"].proved
+
+
+def test_skipping_hands_the_input_through():
+    model = random_model(bert_config())
+    plain = logits(model)
+    with skipped(model, "bert.encoder.layer.1"):
+        without = logits(model)
+    assert not torch.allclose(without, plain)
+    assert torch.equal(logits(model), plain)
+    del model.bert.encoder.layer[1]
+    model.config.num_hidden_layers = 2
+    assert torch.equal(logits(model), without)
+
+
+FAMILIES = {
+    "distilbert": (
+        DistilBertConfig(dim=32, n_heads=4, n_layers=3, hidden_dim=48, vocab_size=99,
+                         max_position_embeddings=40, num_labels=5),
+        {"hidden": "dim", "heads": "n_heads", "ffn": "hidden_dim", "layers": "n_layers"},
+    ),
+    "roberta": (
+        RobertaConfig(**WIDTHS, **TEXT),
+        {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size",
+         "layers": "num_hidden_layers"},
+    ),
+    "electra": (
+        ElectraConfig(**WIDTHS, **TEXT, embedding_size=16),
+        {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size",
+         "layers": "num_hidden_layers", "embedding_size": "embedding_size"},
+    ),
+    "electra, embedding as wide": (
+        ElectraConfig(**WIDTHS, **TEXT, embedding_size=32),
+        {"hidden": "embedding_size hidden_size", "heads": "num_attention_heads",
+         "ffn": "intermediate_size", "layers": "num_hidden_layers"},
+    ),
+    "vit": (
+        ViTConfig(**WIDTHS, intermediate_size=48, image_size=16, patch_size=4, num_labels=5),
+        {"hidden": "hidden_size", "heads": "num_attention_heads", "ffn": "intermediate_size",
+         "layers": "num_hidden_layers"},
+    ),
+    "albert": (
+        AlbertConfig(**WIDTHS, **TEXT, embedding_size=16),
+        {"hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads",
+         "intermediate_size": "intermediate_size", "embedding_size": "embedding_size"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_without_a_line_of_code(family):
+    config, expected = FAMILIES[family]
+    axes = proved(random_model(config), find_axes(config, build)).values()
+    found = {axis.name: " ".join(sorted(axis.fields)) for axis in axes if axis.proved}
+    assert found == expected
+    assert all(axis.reason for axis in axes)
+
+
+REFUSED = {
+    "gpt2, packed c_attn": (
+        GPT2Config(n_embd=32, n_head=4, n_layer=3, n_positions=40, vocab_size=99, num_labels=5,
+                   pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        {"layers"}, "n_embd", "no layout",
+    ),
+    "modernbert, layer 0 is not like the others": (
+        ModernBertConfig(**WIDTHS, **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                         cls_token_id=1, sep_token_id=2),
+        set(), "layers", "has no place",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_not_understood_is_refused_with_a_sentence(family):
+    config, expected, name, sentence = REFUSED[family]
+    axes = proved(random_model(config), find_axes(config, build))
+    assert {n for n, axis in axes.items() if axis.proved} == expected
+    assert sentence in axes[name].reason
+
+
+def test_tied_weights_move_together():
+    """The masked-language head reads the embedding table: both its dimensions lie on `hidden`."""
+    config = bert_config()
+    auto = AutoModelForMaskedLM
+    hidden = find_axis(find_axes(config, auto.from_config), "hidden")
+    assert [group.name for group in hidden.groups] == ["hidden"]
+    names = {m.parameter for m in hidden.groups[0].members}
+    assert {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"} <= names
+    transform = [m.dim for m in hidden.groups[0].members if "transform.dense.weight" in m.parameter]
+    assert sorted(transform) == [0, 1]
+
+
+def test_wide_models_are_probed_on_a_narrow_copy():
+    config = bert_config()
+    config.hidden_size, config.num_attention_heads, config.intermediate_size = 768, 12, 3072
+    config.num_hidden_layers, config.vocab_size = 6, 30522
+    axes = find_axes(config, build)
+    assert [(a.name, a.size) for a in axes[:4]] == [
+        ("hidden", 768), ("heads", 12), ("ffn", 3072), ("layers", 6)
+    ]  # fmt: skip
+    assert {m.block for group in axes[1].groups for m in group.members} == {64}
+    assert len(axes[0].groups[0].members) == 3 + 2 + 6 * 12 + 1
+
+
+def test_a_model_that_cannot_be_fed_is_an_error():
+    class Ears(nn.Module):
+        main_input_name = "input_values"
+
+        def __init__(self, config):
+            super().__init__()
+            self.inner = nn.Linear(config.hidden_size, 2)
+
+    with pytest.raises(AxisError, match="input_values"):
+        find_axes(bert_config(), Ears)
+    with pytest.raises(AxisError, match="does not build"):
+        find_axes(bert_config(), lambda config: 1 / 0)
+
+
+def test_json_round_trip():
+    packed = Member("x.weight", 0, 4, (3, 1, 1), 2)
+    odd = Axis(name="odd", fields={"a": 1, "b": 4}, size=3, groups=(Group("g", 3, (packed,)),))
+    axes = (*bert_axes(), odd)
+    assert axes_from_json(axes_to_json(axes)) == axes
+    for text in ("", "{}", '[{"name": 1}]', "[3]"):
+        with pytest.raises(AxisError):
+            axes_from_json(text)
+
+
+def test_members_with_segments_and_a_tail():
+    """[q | k | v] with two query heads a key/value head, then three channels that never move."""
+    member = Member("qkv", 0, block=2, segments=(2, 1, 1), tail=3)
+    assert member.width(2) == 2 * 2 * 4 + 3
+    q, k, v, tail = [0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18]
+    swapped = member.channels(torch.tensor([1, 0])).tolist()
+    assert swapped == [*q[4:], *q[:4], *k[2:], *k[:2], *v[2:], *v[:2], *tail]
+    kept = [c for start, length in member.pieces(2, 1) for c in range(start, start + length)]
+    assert kept == [*q[:4], *k[:2], *v[:2], *tail]
+
+
+def test_layer_names():
+    assert layer_of("encoder.layer.{}", "encoder.layer.12.x.weight") == (12, "x.weight")
+    assert layer_of("encoder.layer.{}", "encoder.layers.1.x") is None
+    assert layer_of("encoder.layer.{}", "pooler.weight") is None
+    assert layer_of("", "encoder.layer.1.x") is None
+
+
+class Plain(nn.Module):
+    """Two layers with a ReLU between, and a constant that is added to nothing."""
+
+    def __init__(self, dead=()):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.ones(8, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.zeros(8))
+        self.dead = dead
+
+    def forward(self, x):
+        inner = torch.relu(self.one(x)) * self.scale
+        alive = torch.ones(8, dtype=inner.dtype)
+        alive[list(self.dead)] = 0
+        return self.two(inner * alive)
+
+
+@pytest.mark.parametrize("dead", [(), (0, 7)])
+def test_twins_find_a_buffer_and_tell_what_is_silent(dead):
+    bench = Bench(Plain(dead), {"x": torch.randn(5, 6)})
+    dims = [("one.weight", 0), ("one.bias", 0), ("two.weight", 1), ("scale", 0), ("unused", 0)]
+    before = {name: tensor.clone() for name, tensor in bench.tensors.items()}
+    found = find_groups(bench, dims, 8)
+    assert found.groups == [frozenset(dims[:4])]
+    assert (found.bound, found.silent) == (set(), {("unused", 0)})
+    assert all(torch.equal(before[name], bench.tensors[name]) for name in before)
+
+
+def test_twins_refuse_what_the_input_tells_apart():
+    bench = Bench(Plain(), {"x": torch.randn(5, 6)})
+    found = find_groups(bench, [("one.weight", 1)], 6)
+    assert found.groups == []
+    assert found.bound == {("one.weight", 1)}
