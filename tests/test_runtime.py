@@ -1,6 +1,7 @@
 """Exported files run as they do on a device: alone, in order, and in a process of their own."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,10 +118,25 @@ def test_timing_is_of_a_process_that_holds_nothing_else(files):
     assert ballast.any()
     assert 0 < timing.latency_ms <= timing.latency_p95_ms
     assert timing.latency_iqr_ms >= 0
+    assert timing.latency_wall_ms >= 0.9 * timing.latency_ms
     assert timing.throughput_per_s > 0
     assert 10e6 < timing.peak_memory_bytes < 300e6
     assert (timing.device, timing.threads, timing.runs) == ("cpu", 1, 20)
     assert timing.runtime.startswith("onnxruntime 1.")
+
+
+def test_a_busy_machine_does_not_make_a_file_slower(files):
+    """One thread's time is that it held a core, whoever else wanted it."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(4)]
+    try:
+        disturbed = timed(files, "onnx-fp32", runs=200)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    quiet = timed(files, "onnx-fp32", runs=200)
+    assert disturbed.latency_p95_ms < 4 * quiet.latency_p95_ms  # on the wall: time slices of ms
+    assert timed(files, "onnx-fp32", threads=2).latency_ms > 0
 
 
 def test_timing_of_a_folder_uses_torch(files):

@@ -28,11 +28,16 @@ from limbeck.runtime_worker import Predictor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """What one exported file costs on this machine, measured in a fresh process."""
+    """What one exported file costs on this machine, measured in a fresh process.
+
+    With one thread, times are those that the thread held a core: what other processes took away
+    does not count. With several, they are on the wall.
+    """
 
     latency_ms: float  # median of batch-1 calls with `max_tokens` tokens
     latency_p95_ms: float
     latency_iqr_ms: float  # spread: between the first and the third quarter of the calls
+    latency_wall_ms: float  # median on the wall; far above `latency_ms`: the machine was busy
     throughput_per_s: float  # examples, in batches
     peak_memory_bytes: int  # of the whole process after the batch-1 calls: interpreter included
     device: str

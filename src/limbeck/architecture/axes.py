@@ -94,7 +94,10 @@ def axes_to_json(axes: Sequence[Axis]) -> str:
 def axes_from_json(text: str) -> tuple[Axis, ...]:
     """Raises `AxisError` where the text is not what `axes_to_json` writes."""
     try:
-        return tuple(_axis(data) for data in json.loads(text))
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise TypeError(f"it is a {type(rows).__name__}")
+        return tuple(map(_axis, rows))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise AxisError("axes", f"not a list of axes ({error})", fix="find them again") from error
 

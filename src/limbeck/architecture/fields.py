@@ -76,7 +76,7 @@ class Prober:
         self.fields = {
             name: value
             for name, value in config.to_dict().items()
-            if type(value) is int and value >= 2 and not name.endswith("_token_id")
+            if type(value) is int and value >= 1 and not name.endswith("_token_id")
         }
 
     def survey(self, values: Mapping[str, int]) -> Survey | None:
@@ -112,6 +112,11 @@ class Prober:
 
     def probe(self, name: str) -> Probe:
         value = self.fields[name]
+        if value == 1:  # of what there is one, only a stack of layers is told apart: by adding one
+            moved, dims = self.compare({name: 2}) or (set(), set())
+            if moved and not dims and (pattern := self._stack(moved, value)):
+                return Probe((name,), value, "depth", pattern=pattern)
+            return Probe((name,), value, "silent")
         for smaller in self.candidates(value):
             outcome = self.compare({name: smaller})
             if outcome is None:
@@ -121,7 +126,8 @@ class Prober:
                 return Probe((name,), value, "depth", pattern=pattern)
             if moved:
                 return self._together(name, smaller, moved)
-            if not dims:
+            if not dims or self.compare({name: value // 2}) == (set(), set()):
+                # That one value changes shapes and another none is rounding: 32 // 3 heads x 3.
                 return Probe((name,), value, "silent")
             table = dims & self.full.rows
             return Probe((name,), value, "table" if table else "width", frozenset(dims))

@@ -138,7 +138,8 @@ def find_axes(config: PretrainedConfig, build: Build) -> tuple[Axis, ...]:
         small = SmallCopy(prober, probes, layers)
         stacks = [(p.pattern, p.value, small.values[p.fields[0]]) for p in probes if p.pattern]
         bench = Bench(small.build(), example_inputs(small.build(), small.config))
-        regroup = [p for p in probes if p.kind == "silent" and small.regroups(p, bench)]
+        silent = [p for p in probes if p.kind == "silent" and p.value > 1]
+        regroup = [p for p in silent if small.regroups(p, bench)]
         found = {p: _parts(bench, small, p, regroup) for p in widths}
         spread = {p: [_in_full(part, stacks) for part in found[p]] for p in widths}
         if all(_speaks_for_all(bench, p, found[p], spread[p]) for p in widths):
