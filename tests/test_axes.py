@@ -1,10 +1,7 @@
 """Axes: found exactly, proved by permutation, and refused where they are wrong."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tiny_models import bert_axes, bert_config, build, logits, proved, random_model
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -27,10 +24,10 @@ from limbeck.architecture.axes import (
     layer_of,
     permuted,
 )
-from limbeck.architecture.probe import example_inputs, find_axes
-from limbeck.architecture.proof import prove_axes, skipped
+from limbeck.architecture.probe import find_axes
 from limbeck.architecture.twins import Bench, find_groups
 from limbeck.errors import AxisError
+from tiny_models import bert_axes, bert_config, build, logits, proved, random_model
 
 LAYERS = range(3)
 WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -101,23 +98,6 @@ def test_finding_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_bert_is_proved_and_left_bitwise_as_it_was():
-    model = random_model(bert_config()).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    axes = proved(model, bert_axes())
-    assert {name for name, axis in axes.items() if axis.proved} == {
-        "hidden", "heads", "ffn", "layers"
-    }  # fmt: skip
-    assert "hidden=16, heads=2 has the same units" in axes["hidden"].reason
-    assert "cut equals zeroed" in axes["heads"].reason
-    assert "cut equals zeroed" in axes["ffn"].reason
-    assert "dropped equals skipped" in axes["layers"].reason
-    assert model.training
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_permuted_weights_are_other_weights_with_the_same_outputs():
     model = random_model(bert_config())
     groups = [group for axis in bert_axes() for group in axis.groups]
@@ -128,124 +108,6 @@ def test_permuted_weights_are_other_weights_with_the_same_outputs():
     name = "bert.encoder.layer.1.attention.self.query.weight"
     assert not torch.equal(moved[name], model.state_dict()[name])
     torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-5)
-
-
-def broken(name, change):
-    """The axes of BERT, one of them with its first group changed."""
-    axes = []
-    for axis in bert_axes():
-        if axis.name == name:
-            axis = replace(axis, groups=(change(axis.groups[0]), *axis.groups[1:]))
-        axes.append(axis)
-    return tuple(axes)
-
-
-@pytest.mark.parametrize("axis", ["hidden", "heads", "ffn"])
-@pytest.mark.parametrize("at", [0, 1, 2, -1])
-def test_an_axis_with_a_missing_member_is_refused(axis, at):
-    def without(group):
-        return replace(group, members=tuple(m for m in group.members if m != group.members[at]))
-
-    found = proved(random_model(bert_config()), broken(axis, without))[axis]
-    assert not found.proved
-    assert "changes the outputs" in found.reason
-
-
-def test_a_member_that_no_output_shows_is_missed_when_cut():
-    """A key's bias does not change the softmax, so no permutation can tell; its size does."""
-
-    def without_key_bias(group):
-        rest = tuple(m for m in group.members if not m.parameter.endswith("key.bias"))
-        return replace(group, members=rest)
-
-    axes = proved(random_model(bert_config()), broken("heads", without_key_bias))
-    assert not axes["hidden"].proved
-    assert not axes["heads"].proved
-    assert "key.bias" in axes["hidden"].reason + axes["heads"].reason
-
-
-def test_an_axis_with_a_stranger_is_refused():
-    def with_labels(group):
-        return replace(group, units=5, members=(*group.members, Member("classifier.weight", 0)))
-
-    found = proved(random_model(bert_config()), broken("ffn", with_labels))["ffn"]
-    assert not found.proved
-    assert "units" in found.reason
-
-
-@pytest.mark.parametrize("block", [4, 16])
-def test_a_wrong_block_size_is_refused(block):
-    """Half a head is no unit. Two heads are one only as long as nobody asks for the finer one."""
-
-    def reblocked(group):
-        rows = tuple(replace(m, block=block) for m in group.members)
-        return replace(group, units=32 // block, members=rows)
-
-    axes = [
-        replace(a, size=32 // block, groups=tuple(map(reblocked, a.groups)))
-        if a.name == "heads"
-        else replace(a, coupled={"heads": block}, granularity=block) if a.coupled else a
-        for a in bert_axes()
-    ]  # fmt: skip
-    found = proved(random_model(bert_config()), tuple(axes))
-    assert not found["heads"].proved
-    assert not found["hidden"].proved  # what is coupled to it falls with it
-    assert ("smaller units" if block == 16 else "changes the outputs") in found["heads"].reason
-    assert found["ffn"].proved
-
-
-def test_a_regrouping_count_is_seen_in_the_smaller_model():
-    """hidden=24 with 4 heads loads strictly and computes something else."""
-    axes = tuple(
-        replace(a, coupled={}, granularity=4) if a.name == "hidden" else a for a in bert_axes()
-    )
-    assert not proved(random_model(bert_config()), axes)["hidden"].proved
-
-
-def test_layers_that_differ_from_skipped_are_refused():
-    class Counting(nn.Module):
-        """Scales by the layer's own number, which renumbering changes."""
-
-        def __init__(self, inner, number):
-            super().__init__()
-            self.inner, self.number = inner, number
-
-        def forward(self, hidden, *args, **kwargs):
-            return self.inner(hidden * (1 + self.number), *args, **kwargs)
-
-    def numbered(config):
-        model = build(config)
-        for i, layer in enumerate(model.bert.encoder.layer):
-            model.bert.encoder.layer[i] = Counting(layer, i)
-        return model.eval()
-
-    torch.manual_seed(0)
-    model = numbered(bert_config())
-    layers = replace(find_axis(bert_axes(), "layers"), proved=False)
-    inputs = example_inputs(model, model.config)
-    (found,) = prove_axes(model, model.config, numbered, [layers], inputs, seed=0)
-    assert not found.proved
-    assert "dropping layer 0 differs from skipping it" in found.reason
-
-
-def test_one_layer_cannot_be_dropped():
-    config = bert_config()
-    config.num_hidden_layers = 1
-    axes = proved(random_model(config), find_axes(config, build))
-    assert axes["hidden"].proved
-    assert axes["layers"].reason == "one layer only: nothing to drop"
-
-
-def test_skipping_hands_the_input_through():
-    model = random_model(bert_config())
-    plain = logits(model)
-    with skipped(model, "bert.encoder.layer.1"):
-        without = logits(model)
-    assert not torch.allclose(without, plain)
-    assert torch.equal(logits(model), plain)
-    del model.bert.encoder.layer[1]
-    model.config.num_hidden_layers = 2
-    assert torch.equal(logits(model), without)
 
 
 FAMILIES = {

@@ -32,7 +32,9 @@ class Importance:
 
     def save(self, path: Path) -> None:
         with replaced(path) as aside:
-            save_file({f"units.{k}": v for k, v in self.units.items()} | {_LAYER: self.layers}, aside)
+            save_file(
+                {f"units.{k}": v for k, v in self.units.items()} | {_LAYER: self.layers}, aside
+            )
 
 
 def load_importance(path: Path) -> Importance:
@@ -49,9 +51,7 @@ def importance(
     layers = find_axis(axes, "layers")
     steps = len(batches) * (2 + (layers.size if layers else 0))
     with progress.bar("importance", steps, "passes") as bar:
-        units = {
-            group.name: torch.zeros(group.units) for axis in axes for group in axis.groups
-        }
+        units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
         for batch in batches:
             model.zero_grad(set_to_none=True)  # per batch: running sums are not scores
             _loss(model, batch).backward()
