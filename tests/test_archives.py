@@ -102,6 +102,13 @@ def test_amounts_are_limited(tmp_path, monkeypatch, limit, value):
     assert not (tmp_path / "above").exists()
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packing_that_no_wheel_uses_is_refused(tmp_path, packing):
+    wheel = make_wheel(tmp_path / "a.whl", FILES, packing=packing)
+    with pytest.raises(SourceError, match="packed unusually"):
+        unpack(wheel, "pkg", tmp_path / "to")
+
+
 def test_two_members_of_one_name_are_refused(tmp_path):
     with pytest.warns(UserWarning, match="Duplicate"):
         wheel = make_wheel(
@@ -233,6 +240,7 @@ def offline_pip(tmp_path, monkeypatch):
 
 def test_pip_downloads_with_the_users_configuration_and_without_dependencies(tmp_path, offline_pip):
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text("")
     (tmp_path / "pip" / "__main__.py").write_text("open('ran', 'w')")
     folder = tmp_path / "to"
     folder.mkdir()

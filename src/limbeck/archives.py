@@ -37,7 +37,7 @@ _DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error,
     EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError,
 )  # fmt: skip
-"""All that zipfile raises for bytes that are no proper zip file."""
+"""All that zipfile raises for bytes that are no proper zip file, or an encrypted one."""
 
 
 class MemberError(SourceError):
@@ -224,11 +224,9 @@ def _choose(
     if len({*names}) < len(names):
         raise _unsafe(where, package, "two members have the same name")
     for info in chosen:
-        if info.flag_bits & 1 or info.compress_type not in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-        ):
-            raise _unsafe(where, package, f"{info.filename!r} is encrypted or packed unusually")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # bz2 and LZMA unpack a chunk of any size at once
+            raise _unsafe(where, package, f"{info.filename!r} is packed unusually for a wheel")
         if info.file_size > max(RATIO_FROM_BYTES, MAX_RATIO * info.compress_size):
             raise _unsafe(
                 where, package,
