@@ -290,7 +290,8 @@ def make_deb(tmp_path):
         root = tmp_path / "root"
         (root / "DEBIAN").mkdir(parents=True)
         (root / "DEBIAN" / "control").write_text(
-            "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.org>\nDescription: x\n"
+            "Package: tiny\nVersion: 1\nArchitecture: all\n"
+            "Maintainer: x <x@x.org>\nDescription: x\n"
         )
         (root / "usr" / "share" / "tiny").mkdir(parents=True)
         (root / "usr" / "share" / "tiny" / "a.gz").write_bytes(b"aaa")

@@ -16,7 +16,7 @@ LAYERS = (
     {"models", "sources", "cache", "archives", "losses"},
     {"objective", "tasks", "signals", "teachers", "architecture", "energy", "linear", "report"},
     {"train", "export", "measure", "runtime", "runtime_worker"},
-    {"findings", "stages", "trying"},
+    {"findings", "stages", "evaluation", "trying"},
     {"pipeline", "planning", "checkup"},
     {"_api"},
     {"__init__", "cli"},

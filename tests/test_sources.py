@@ -414,7 +414,7 @@ def test_a_pipe_is_no_file(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands in for huggingface_hub: its cache holds links to blobs, and more than was asked for."""
+    """Stands in for huggingface_hub: its cache holds links to blobs, and too much."""
     hub = ModuleType("huggingface_hub")
     hub.asked, hub.files = [], {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,9 @@ _VERSIONED = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors", "tokenizers",
     "numpy", "scikit-learn", "codecarbon",
 )  # fmt: skip
+
+
+_BUSY = 1.25  # wall time over core time above which a reader is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def assemble(
         training=_curves(teacher, family),
         labels=tuple(about["labels"]),
         layer_importance=tuple(survey["layer_importance"]) or None,
-        warnings=_warnings(about, survey, family),
+        warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )
 
 
@@ -166,15 +169,28 @@ def _curves(teacher: Member, family: Mapping[str, Member]) -> dict[str, tuple[Tr
 
 
 def _warnings(
-    about: Mapping[str, Any], survey: Mapping[str, Any], family: Mapping[str, Member]
+    recipe: Recipe, about: Mapping[str, Any], survey: Mapping[str, Any], members: Sequence[Member]
 ) -> tuple[str, ...]:
     found = []
+    if recipe.measure.threads == 1:
+        found.append(
+            "Latency and throughput are the time that the one thread held a core: waiting for a "
+            "busy machine does not count, in the p95 either."
+        )
     if shared := about["texts_in_train_and_test"]:
         found.append(f"{shared} texts of the test rows stand word for word in the training rows.")
-    refused = [a for a in survey["axes"] if not a["proved"]]
-    found += [f"The axis {a['name']} is not cut: {a['reason']}." for a in refused]
-    for member in family.values():
-        for entry in member.measured.json("measurement.json")["artifacts"]:
+    refused = [f"{a['name']} ({a['reason']})" for a in survey["axes"] if not a["proved"]]
+    if refused:
+        found.append(f"Axes that are not cut: {'; '.join(refused)}.")
+    for member in members:
+        measured = member.measured.json("measurement.json")
+        for entry in measured["artifacts"]:
+            wall = measured["wall_ms"][entry["format"]]
+            if wall > _BUSY * entry["latency_ms"]["median"]:
+                found.append(
+                    f"{member.name}: the machine was busy while {entry['format']} was timed; a "
+                    f"call took {wall:.2f} ms on the wall."
+                )
             agreement = entry.get("parity", {}).get("agreement", 1.0)
             if agreement < 0.95:
                 found.append(

@@ -1,4 +1,4 @@
-"""Load, build and save models through transformers, and nothing that could run a stranger's code."""
+"""Load and build models through transformers, and never run a stranger's code."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def no_dropout(model: nn.Module) -> None:
-    """A run of few epochs has nothing to gain from dropout, which costs a fifth of a CPU step."""
+    """Few epochs have little to gain from dropout, whose random numbers are slow on a CPU."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -3,7 +3,7 @@
     recipe -> sources -> data -> teacher -> signals -> space -> plan -> distil -> export
            -> measure -> report
 
-`stages` (and with it torch) is imported only by a stage that really runs.
+`stages` and `evaluation` (and with them torch) are imported only by a stage that really runs.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def distill(
         plans = {student.name: still.plan(student, teacher, space) for student in recipe.students}
         original = still.measured_teacher(teacher, data)
         family = {
-            student.name: still.member(
-                student, plans[student.name], teacher, signals, space, data, original
-            )
+            student.name: still.member(student, plans, teacher, signals, space, data, original)
             for student in recipe.students
         }
         linear = still.linear(data) if recipe.evidence.linear else None
@@ -89,14 +87,18 @@ def fetch_sources(recipe: Recipe, progress: Progress) -> Sources:
     )
 
 
-class _Stages:
-    """`limbeck.stages`, imported at the first use."""
+@dataclass(frozen=True)
+class _Lazily:
+    """A module, imported at the first use."""
+
+    module: str
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module("limbeck.stages"), name)
+        return getattr(importlib.import_module(self.module), name)
 
 
-stages: Any = _Stages()
+stages: Any = _Lazily("limbeck.stages")
+evaluation: Any = _Lazily("limbeck.evaluation")
 
 
 @dataclass
@@ -123,10 +125,13 @@ class _Still:
         return self.run.stage("data", inputs, make)
 
     def teacher(self, data: Made) -> Made:
-        inputs = [data.digest, self.recipe.teacher.tune, self.recipe.seed, self.recipe.task]
+        model = self.sources.model.sha256
+        inputs = [data.digest, model, self.recipe.teacher.tune, self.recipe.seed, self.recipe.task]
         return self.run.stage(
             "teacher/hf", inputs,
-            lambda at: stages.tune(at, self.recipe, self.sources.model.path, data.folder, self.progress),
+            lambda at: stages.tune(
+                at, self.recipe, self.sources.model.path, data.folder, self.progress
+            ),
         )  # fmt: skip
 
     def signals(self, teacher: Made, data: Made) -> Made:
@@ -173,7 +178,7 @@ class _Still:
         measured = self.run.stage(
             f"{top}/measure",
             [model.digest, onnx.digest, data.digest, recipe.measure, recipe.export, primary],
-            lambda at: stages.measure_artifacts(
+            lambda at: evaluation.measure_artifacts(
                 at, recipe, model.folder, onnx.folder, data.folder, name, self.progress,
                 primary=primary,
             ),
@@ -181,10 +186,11 @@ class _Still:
         return Member(name=name, primary=primary, model=model, onnx=onnx, measured=measured)
 
     def member(
-        self, student: StudentSpec, plan: Made, teacher: Made, signals: Made, space: Made,
-        data: Made, original: Member,
+        self, student: StudentSpec, plans: Mapping[str, Made], teacher: Made, signals: Made,
+        space: Made, data: Made, original: Member,
     ) -> Member:  # fmt: skip
         recipe, top = self.recipe, f"students/{student.name}"
+        plan = plans[student.name]
         spec = plan.json("plan.json")
         base = [spec["shape"], teacher.digest, space.digest, data.digest, recipe.seed, recipe.task]
         training = recipe.training_of(student)
@@ -206,12 +212,12 @@ class _Still:
         mine, theirs = member.measured, original.measured
         compared = self.run.stage(
             f"{top}/compare", [mine.digest, theirs.digest],
-            lambda at: stages.compare(at, mine.folder, theirs.folder, data.folder),
+            lambda at: evaluation.compare(at, mine.folder, theirs.folder, data.folder),
         )  # fmt: skip
         baselines = {"untaught": self._baseline(student, "untaught", base, data, lambda at: (
             stages.untaught(at, recipe, stages.read_plan(plan.folder).shape, teacher.folder,
                             space.folder, data.folder)))}  # fmt: skip
-        if self._needs_baselines(student):
+        if self._needs_baselines(student, plans):
             for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
                 baselines[name] = self._baseline(
                     student, name, [*base, training, start], data,
@@ -234,26 +240,19 @@ class _Still:
         )  # fmt: skip
         return self.run.stage(
             f"{top}/quality", [model.digest, onnx.digest, data.digest],
-            lambda at: stages.quality_of(
-                at, recipe, stages.artifact_path(model.folder, onnx.folder, primary), data.folder,
-                f"{student.name}, {name}", self.progress,
+            lambda at: evaluation.quality_of(
+                at, recipe, evaluation.artifact_path(model.folder, onnx.folder, primary),
+                data.folder, f"{student.name}, {name}", self.progress,
             ),
         )  # fmt: skip
 
-    def _needs_baselines(self, student: StudentSpec) -> bool:
+    def _needs_baselines(self, student: StudentSpec, plans: Mapping[str, Made]) -> bool:
+        params = {name: plan.json("plan.json")["cost"]["params"] for name, plan in plans.items()}
+        smallest = min(params, key=params.__getitem__)
         which = self.recipe.evidence.baselines
-        return which == "all" or (which == "smallest" and student.name == self._smallest())
-
-    def _smallest(self) -> str:
-        params: Mapping[str, int] = {
-            s.name: Made(self.run.folder / "students" / s.name / "plan", "").json("plan.json")[
-                "cost"
-            ]["params"]
-            for s in self.recipe.students
-        }
-        return min(params, key=params.__getitem__)
+        return which == "all" or (which == "smallest" and student.name == smallest)
 
     def linear(self, data: Made) -> Made:
         return self.run.stage(
-            "linear", [data.digest], lambda at: stages.linear(at, data.folder, self.progress)
+            "linear", [data.digest], lambda at: evaluation.linear(at, data.folder, self.progress)
         )

@@ -101,7 +101,13 @@ class Run:
                 return Made(folder, record["digest"])
             self._refuse_or_repair(folder, damaged)
         with disk_errors(folder):
-            return self._make(name, folder, wanted, make)
+            try:
+                return self._make(name, folder, wanted, make)
+            except DamagedError as error:  # in what an interrupted try had left here
+                if not self._repair or not error.where.startswith(str(folder)):
+                    raise
+                shutil.rmtree(folder)
+                return self._make(name, folder, wanted, make)
 
     def _make(self, name: str, folder: Path, wanted: str, make: Callable[[Path], None]) -> Made:
         begun = _read_record(folder / "begun.json")
@@ -206,7 +212,8 @@ def _same_recipe_or_refuse(folder: Path, old: Recipe, new: Recipe) -> None:
         old.model_dump(mode="json", include=keys), new.model_dump(mode="json", include=keys)
     ):
         raise RunFolderError(
-            f"--out {folder}", f"holds another recipe's run: {where} is {before!r} there, {now!r} here",
+            f"--out {folder}",
+            f"holds another recipe's run: {where} is {before!r} there, {now!r} here",
             allowed="changes of students, distill, evidence, export and measure",
             fix="choose another --out",
         )  # fmt: skip

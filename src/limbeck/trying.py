@@ -13,7 +13,7 @@ from limbeck.runtime import predict
 
 
 def classify(student: Path, text: str) -> list[tuple[str, float]]:
-    """From a student's folder in a run (its int8 file is used), an .onnx file, or an `hf` folder."""
+    """By a student's folder in a run (its int8 file is used), an .onnx file or an `hf` folder."""
     path, format, hf = _find(student)
     from transformers import AutoTokenizer
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Need(StrEnum):
-    """What an objective asks of a teacher. A teacher says what it provides; both meet before training."""
+    """What an objective asks of a teacher, and what a teacher says it provides."""
 
     LOGITS = "logits"
     HIDDEN = "hidden"
@@ -41,7 +41,7 @@ class Signal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerm:
-    """A sum over one batch and how many positions it is over; whoever sees the whole step divides."""
+    """A sum over one batch and its count; whoever sees the whole step divides."""
 
     total: Tensor  # ()
     count: Tensor  # ()

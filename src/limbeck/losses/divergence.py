@@ -12,7 +12,7 @@ from torch import Tensor
 def forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """KL(p || q): mass-covering, the classic soft-target loss. Hinton et al. 2015, arXiv:1503.02531.
+    """KL(p || q): mass-covering, the classic soft-target loss (Hinton et al. 2015, 1503.02531).
 
     (..., C), (..., C) -> (...). Raises ValueError where the shapes differ.
     """

@@ -1,1 +1,1 @@
-"""Teacher signals on disk: captured once, reused by every student. Format: docs/signals.md."""
+"""Teacher signals on disk: captured once, reused by every student. Format: `store`."""

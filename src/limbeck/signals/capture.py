@@ -1,4 +1,4 @@
-"""One pass of the teacher over the training rows, into a store, from wherever it was interrupted."""
+"""One pass of the teacher over the training rows, into a store, continued where it stopped."""
 
 from __future__ import annotations
 

@@ -133,6 +133,8 @@ def _parquet_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dic
 
 
 def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, Any]]:
+    if spec.group is not None:
+        raise DataError(where, "data.group has no effect on a folder of texts", fix="remove it")
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     if not folders:
         raise DataError(where, f"{path} has no subfolders", allowed="one subfolder per label")
@@ -141,8 +143,13 @@ def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, A
         if not files:
             raise DataError(where, f"{folder} holds no .txt file", fix="fill or remove it")
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="strict")
-            yield {spec.text: text, spec.label: folder.name, **({spec.group: file.name} if spec.group else {})}
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    where, f"{file} is not UTF-8 text at byte {error.start}", fix="convert it"
+                ) from None
+            yield {spec.text: text, spec.label: folder.name}
 
 
 def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:

@@ -97,7 +97,7 @@ class TextClassification:
 
 
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation that depends on the seed and the epoch alone, so that a resume needs no state."""
+    """A permutation that depends on seed and epoch alone: a resume needs no state."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 

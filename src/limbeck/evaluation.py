@@ -1,0 +1,125 @@
+"""What was made is measured: the exported files, the baselines, and a student against its teacher.
+
+Stages of the pipeline like those in `stages`; imported only when one really runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from limbeck import measure, runtime
+from limbeck.linear import linear_predictions
+from limbeck.models import load_classifier, num_parameters
+from limbeck.progress import Progress, Silent
+from limbeck.recipe import Recipe
+from limbeck.run import write_json
+from limbeck.tasks.text_classification import Rows, TextClassification
+
+_PARITY_ROWS = 256
+
+
+def artifact_path(hf: Path, onnx: Path, format: str) -> Path:
+    return hf if format == "hf" else onnx / f"model-{format.removeprefix('onnx-')}.onnx"
+
+
+def measure_artifacts(
+    folder: Path, recipe: Recipe, hf: Path, onnx: Path, data: Path, name: str,
+    progress: Progress, *, primary: str,
+) -> None:  # fmt: skip
+    """Quality, parity, latency, memory of every exported file; predictions of the primary one."""
+    task = TextClassification(data)
+    test = task.rows("test")
+    few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
+    parity_rows = test.sample(_PARITY_ROWS, seed=recipe.seed)
+    origin = _predict(hf, "hf", parity_rows, Silent(), "parity")
+    config = AutoConfig.from_pretrained(hf)
+    found = []
+    wall_ms = {}
+    for format in recipe.export.formats:
+        path = artifact_path(hf, onnx, format)
+        rows = test if format == primary else few
+        logits = _predict(path, format, rows, progress, f"{name} {format}")
+        if format == primary:
+            np.save(folder / "logits.npy", logits)
+        timing = runtime.time_artifact(
+            path, format, max_tokens=recipe.task.max_tokens, vocab_size=config.vocab_size,
+            threads=recipe.measure.threads, runs=recipe.measure.latency_runs,
+        )  # fmt: skip
+        entry: dict[str, Any] = {
+            "format": format,
+            "size_bytes": size_bytes(path),
+            "quality": _quality(logits, rows.labels),
+            "latency_ms": {
+                "median": timing.latency_ms,
+                "p95": timing.latency_p95_ms,
+                "n": timing.runs,
+            },
+            "throughput_per_s": timing.throughput_per_s,
+            "peak_memory_bytes": timing.peak_memory_bytes,
+            "device": timing.device,
+            "threads": timing.threads,
+        }
+        wall_ms[format] = timing.latency_wall_ms
+        if format != "hf":
+            exported = _predict(path, format, parity_rows, Silent(), "parity")
+            entry["parity"] = asdict(measure.parity(origin, exported))
+        found.append(entry)
+    model = load_classifier(hf, task.labels, where=str(hf))
+    summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
+    write_json(folder / "measurement.json", summary)
+
+
+def quality_of(
+    folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
+) -> None:
+    """A baseline's quality, of the primary format on all test rows, as for the student itself."""
+    test = TextClassification(data).rows("test")
+    logits = _predict(path, recipe.export.primary, test, progress, name)
+    write_json(folder / "quality.json", _quality(logits, test.labels))
+
+
+def linear(folder: Path, data: Path, progress: Progress) -> None:
+    task = TextClassification(data)
+    rows = {split: task.rows(split) for split in ("train", "validation", "test")}
+    scores, choice = linear_predictions(
+        (rows["train"].texts, rows["train"].labels),
+        (rows["validation"].texts, rows["validation"].labels),
+        rows["test"].texts,
+        len(task.labels),
+        progress,
+    )
+    write_json(folder / "quality.json", _quality(scores, rows["test"].labels) | {"choice": choice})
+
+
+def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
+    """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
+    task = TextClassification(data)
+    labels = task.rows("test").labels
+    mine, theirs = (np.load(path / "logits.npy", allow_pickle=False) for path in (student, teacher))
+    write_json(folder / "comparison.json", measure.compare(theirs, mine, labels, task.labels))
+
+
+def _predict(path: Path, format: Any, rows: Rows, progress: Progress, title: str) -> np.ndarray:
+    with progress.bar(title, len(rows), "examples") as bar:
+        return runtime.predict(
+            path, format, rows.tokens, threads=len(os.sched_getaffinity(0)), pad_id=rows.pad_id,
+            progress=bar.advance,
+        )  # fmt: skip
+
+
+def _quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    return {"metric": "accuracy", **asdict(measure.accuracy(logits, labels, seed=0))}
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of the model files in a folder (not the training log)."""
+    if path.is_file():
+        return path.stat().st_size
+    skip = {"training.jsonl", "stage.json", "begun.json"}
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name not in skip)

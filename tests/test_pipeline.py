@@ -1,0 +1,173 @@
+"""The whole still on a tiny model: once through, again for nothing, and killed along the way."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from limbeck.run import file_sha256
+from tiny_models import bert_config, random_model
+
+# Checkpoints after every step, so that a kill anywhere in training has something to resume from.
+_DRIVER = """
+import sys
+from pathlib import Path
+import limbeck.train
+from limbeck import pipeline
+from limbeck.energy import NoMeter
+from limbeck.recipe_file import load_recipe
+if __name__ == "__main__":
+    limbeck.train._SAVE_EVERY = 0.0
+    recipe, base = load_recipe(sys.argv[1], sys.argv[3:])
+    report = pipeline.distill(recipe, Path(sys.argv[2]), base=base, meter=NoMeter())
+    print(sum(not stage.reused for stage in report.stages))
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A teacher folder, a table that a model can learn, a recipe and the driver."""
+    folder = tmp_path_factory.mktemp("world")
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    words |= {f"w{i}": i for i in range(4, 99)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder / "teacher")
+    random_model(bert_config()).save_pretrained(folder / "teacher")
+    draw = random.Random(0)
+    rows = ["text,label"]
+    for i in range(260):
+        label = i % 3
+        text = " ".join(f"w{draw.randrange(4 + 30 * label, 34 + 30 * label)}" for _ in range(6))
+        rows.append(f"{text},class {label}")
+    (folder / "rows.csv").write_text("\n".join(rows) + "\n")
+    training = {"epochs": 10, "batch_size": 16, "learning_rate": 3e-3}
+    recipe = {
+        "name": "tiny",
+        "task": {"kind": "text-classification", "max_tokens": 10},
+        "data": {"train": "rows.csv", "test_fraction": 0.25},
+        "teacher": {"model": "teacher", "tune": {**training}},
+        "distill": {"training": training},
+        "students": [{"name": "one", "budget": {"params": 12000}}],
+        "evidence": {"baselines": "none", "linear": False},
+        "export": {"formats": ["hf"], "primary": "hf"},
+        "measure": {"latency_runs": 10},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "driver.py").write_text(_DRIVER)
+    return folder
+
+
+def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, world / "driver.py", world / "recipe.yaml", out, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(world: Path, out: Path, *overrides: str) -> int:
+    """Stages that really ran."""
+    process = start(world, out, *overrides)
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    return int(said.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def unkilled(world) -> Path:
+    out = world / "unkilled"
+    assert finish(world, out) > 0
+    return out
+
+
+def weights(out: Path) -> dict[str, str]:
+    return {str(p.relative_to(out)): file_sha256(p) for p in sorted(out.rglob("*.safetensors"))}
+
+
+def test_a_run_leaves_a_report_and_no_checkpoint(unkilled):
+    from limbeck import load_report
+
+    report = load_report(unkilled)
+    assert [s.name for s in report.students] == ["one"]
+    assert report.students[0].budget.met
+    assert report.teacher.main.quality.value > 0.9  # the classes do not share a word
+    assert (unkilled / "report.html").stat().st_size > 1000
+    assert not list(unkilled.rglob("*checkpoint*"))
+
+
+def test_a_student_loads_with_transformers_alone(unkilled):
+    code = (
+        "import sys; from transformers import AutoModelForSequenceClassification as A;"
+        "from transformers import AutoTokenizer;"
+        f"A.from_pretrained({str(unkilled / 'students/one/hf')!r});"
+        f"AutoTokenizer.from_pretrained({str(unkilled / 'students/one/hf')!r});"
+        "assert 'limbeck' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_second_run_makes_nothing_and_a_changed_budget_only_the_student(world, unkilled):
+    before = weights(unkilled)
+    assert finish(world, unkilled) == 0
+    assert weights(unkilled) == before
+    changed = world / "changed"
+    subprocess.run(["cp", "-r", unkilled, changed], check=True)
+    finish(world, changed, "students.one.budget.params=9000")
+    after = weights(changed)
+    differ = {name for name in before if before[name] != after.get(name)}
+    own = {"students/one/hf/model.safetensors", "students/one/untaught/hf/model.safetensors"}
+    assert differ == own  # not the teacher, its signals or its importance scores
+
+
+def test_a_run_killed_at_several_stages_ends_with_the_same_weights(world, unkilled):
+    out = world / "killed"
+    killed = 0
+    for moment in (
+        "data/begun.json",
+        "teacher/hf/checkpoint.json",
+        "signals/begun.json",
+        "architecture/begun.json",
+        "students/one/hf/checkpoint.json",
+        "students/one/measure/begun.json",
+    ):
+        process = start(world, out)
+        while process.poll() is None and not (out / moment).exists():
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+    assert killed >= 4, "most moments must have been caught for the test to say anything"
+    finish(world, out)
+    assert weights(out) == weights(unkilled)
+
+
+def test_a_damaged_checkpoint_is_named_and_begun_anew_only_on_demand(world, unkilled):
+    from limbeck.energy import NoMeter
+    from limbeck.errors import DamagedError
+    from limbeck.pipeline import distill
+    from limbeck.recipe_file import load_recipe
+
+    out = world / "damaged"
+    process = start(world, out)
+    while process.poll() is None and not (out / "teacher/hf/checkpoint.json").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    for path in (out / "teacher/hf").glob("checkpoint-*"):
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    recipe, base = load_recipe(world / "recipe.yaml")
+    with pytest.raises(DamagedError, match="checkpoint"):
+        distill(recipe, out, base=base, meter=NoMeter())
+    distill(recipe, out, base=base, meter=NoMeter(), repair=True)
+    assert weights(out) == weights(unkilled)
