@@ -171,3 +171,27 @@ def test_a_damaged_checkpoint_is_named_and_begun_anew_only_on_demand(world, unki
         distill(recipe, out, base=base, meter=NoMeter())
     distill(recipe, out, base=base, meter=NoMeter(), repair=True)
     assert weights(out) == weights(unkilled)
+
+
+def test_the_teacher_depends_on_the_model_it_starts_from_not_only_on_the_data(tmp_path):
+    from limbeck.cache import Fetched
+    from limbeck.pipeline import Sources, _Still
+    from limbeck.progress import Silent
+    from limbeck.recipe_file import fingerprint, load_recipe
+    from limbeck.run import Made
+
+    class Recorder:
+        def stage(self, name, inputs, make):
+            return fingerprint(inputs)
+
+    def of(sha256: str) -> str:
+        fetched = Fetched(
+            uri="m", path=tmp_path, sha256=sha256, size_bytes=1, origin="local", licence=None,
+            fetched="2026-11-24",
+        )  # fmt: skip
+        sources = Sources(fetched, fetched, None)
+        still = _Still(Recorder(), load_recipe("quickstart")[0], Silent(), sources)
+        return still.teacher(Made(tmp_path, "same data"))
+
+    assert of("a" * 64) == of("a" * 64)
+    assert of("a" * 64) != of("b" * 64)
