@@ -1,5 +1,6 @@
 """The whole still on a tiny model: once through, again for nothing, and killed along the way."""
 
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -12,23 +13,35 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from limbeck.energy import NoMeter
+from limbeck.errors import DamagedError
+from limbeck.pipeline import distill
+from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256
 from tiny_models import bert_config, random_model
 
-# Checkpoints after every step, so that a kill anywhere in training has something to resume from.
-_DRIVER = """
-import sys
-from pathlib import Path
-import limbeck.train
-from limbeck import pipeline
-from limbeck.energy import NoMeter
-from limbeck.recipe_file import load_recipe
-if __name__ == "__main__":
-    limbeck.train._SAVE_EVERY = 0.0
-    recipe, base = load_recipe(sys.argv[1], sys.argv[3:])
-    report = pipeline.distill(recipe, Path(sys.argv[2]), base=base, meter=NoMeter())
-    print(sum(not stage.reused for stage in report.stages))
-"""
+# Real processes, forked from one that has imported torch once: imports would be most of the time.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["limbeck.stages", "limbeck.evaluation", "limbeck.pipeline"])
+
+
+def drive(recipe_file: Path, out: Path, overrides: tuple[str, ...], ran) -> None:
+    """One run, as `limbeck distill` makes it; sends the number of stages that really ran.
+
+    A checkpoint each tenth of a second, so that a kill in training has something to resume from;
+    and no stop-watch: `test_runtime` times real files, here it would only cost time.
+    """
+    import limbeck.train
+    from limbeck import pipeline, runtime
+
+    limbeck.train._SAVE_EVERY = 0.1
+    runtime.time_artifact = lambda *a, **k: runtime.Timing(
+        latency_ms=1.0, latency_p95_ms=1.0, latency_iqr_ms=0.0, latency_wall_ms=1.0,
+        throughput_per_s=1.0, peak_memory_bytes=1, device="cpu", threads=1, runtime="none", runs=10,
+    )  # fmt: skip
+    recipe, base = load_recipe(recipe_file, overrides)
+    report = pipeline.distill(recipe, out, base=base, meter=NoMeter())
+    ran.send(sum(not stage.reused for stage in report.stages))
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +79,33 @@ def world(tmp_path_factory) -> Path:
         "measure": {"latency_runs": 10},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "driver.py").write_text(_DRIVER)
     return folder
 
 
-def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, world / "driver.py", world / "recipe.yaml", out, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(world: Path, out: Path, *overrides: str):
+    receive, send = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=drive, args=(world / "recipe.yaml", out, overrides, send))
+    process.start()
+    send.close()
+    return process, receive
 
 
 def finish(world: Path, out: Path, *overrides: str) -> int:
     """Stages that really ran."""
-    process = start(world, out, *overrides)
-    said, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error[-3000:]
-    return int(said.splitlines()[-1])
+    process, receive = start(world, out, *overrides)
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    return receive.recv()
+
+
+def kill_at(world: Path, out: Path, moment: str) -> bool:
+    """SIGKILL once this file is there; whether the process was still at work."""
+    process, _ = start(world, out)
+    while process.is_alive() and not (out / moment).exists():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -140,30 +165,15 @@ def test_a_run_killed_at_several_stages_ends_with_the_same_weights(world, unkill
         "students/one/hf/checkpoint.json",
         "students/one/measure/begun.json",
     ):
-        process = start(world, out)
-        while process.poll() is None and not (out / moment).exists():
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.communicate()
+        killed += kill_at(world, out, moment)
     assert killed >= 4, "most moments must have been caught for the test to say anything"
     finish(world, out)
     assert weights(out) == weights(unkilled)
 
 
 def test_a_damaged_checkpoint_is_named_and_begun_anew_only_on_demand(world, unkilled):
-    from limbeck.energy import NoMeter
-    from limbeck.errors import DamagedError
-    from limbeck.pipeline import distill
-    from limbeck.recipe_file import load_recipe
-
     out = world / "damaged"
-    process = start(world, out)
-    while process.poll() is None and not (out / "teacher/hf/checkpoint.json").exists():
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    assert kill_at(world, out, "teacher/hf/checkpoint.json")
     for path in (out / "teacher/hf").glob("checkpoint-*"):
         path.write_bytes(b"x" + path.read_bytes()[1:])
     recipe, base = load_recipe(world / "recipe.yaml")

@@ -124,20 +124,23 @@ def _schedule(step: int, steps: int, spec: TrainingSpec) -> float:
 
 
 def _groups(trainable: Mapping[str, Tensor], spec: TrainingSpec) -> list[dict[str, object]]:
-    """One group per parameter: deeper layers learn faster, biases and norms do not decay.
+    """By learning rate and decay: deeper layers learn faster, biases and norms do not decay.
 
     Layer-wise decay: ULMFiT's discriminative fine-tuning (Howard & Ruder 2018, sec. 3.2).
     """
     depths = _depths(list(trainable))
     top = max(depths.values())
-    groups = []
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in trainable.items():
         peak = spec.learning_rate * spec.layer_decay ** (top - depths[name])
         if depths[name] == top:
             peak *= spec.head_factor
         decay = spec.weight_decay if parameter.dim() > 1 else 0.0
-        groups.append({"params": [parameter], "lr": peak, "peak": peak, "weight_decay": decay})
-    return groups
+        groups.setdefault((peak, decay), []).append(parameter)
+    return [
+        {"params": same, "lr": peak, "peak": peak, "weight_decay": decay}
+        for (peak, decay), same in groups.items()
+    ]
 
 
 def _depths(names: list[str]) -> dict[str, int]:
