@@ -1,7 +1,6 @@
 """The whole still on a tiny model: once through, again for nothing, and killed along the way."""
 
 import multiprocessing
-import random
 import signal
 import subprocess
 import sys
@@ -9,16 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from limbeck.energy import NoMeter
 from limbeck.errors import DamagedError
 from limbeck.pipeline import distill
 from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256
-from tiny_models import bert_config, random_model
+from tiny_world import make_world
 
 # Real processes, forked from one that has imported torch once: imports would be most of the time.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -46,40 +42,7 @@ def drive(recipe_file: Path, out: Path, overrides: tuple[str, ...], ran) -> None
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A teacher folder, a table that a model can learn, a recipe and the driver."""
-    folder = tmp_path_factory.mktemp("world")
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
-    words |= {f"w{i}": i for i in range(4, 99)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder / "teacher")
-    random_model(bert_config()).save_pretrained(folder / "teacher")
-    draw = random.Random(0)
-    rows = ["text,label"]
-    for i in range(260):
-        label = i % 3
-        text = " ".join(f"w{draw.randrange(4 + 30 * label, 34 + 30 * label)}" for _ in range(6))
-        rows.append(f"{text},class {label}")
-    (folder / "rows.csv").write_text("\n".join(rows) + "\n")
-    training = {"epochs": 10, "batch_size": 16, "learning_rate": 3e-3}
-    recipe = {
-        "name": "tiny",
-        "task": {"kind": "text-classification", "max_tokens": 10},
-        "data": {"train": "rows.csv", "test_fraction": 0.25},
-        "teacher": {"model": "teacher", "tune": {**training}},
-        "distill": {"training": training},
-        "students": [{"name": "one", "budget": {"params": 12000}}],
-        "evidence": {"baselines": "none", "linear": False},
-        "export": {"formats": ["hf"], "primary": "hf"},
-        "measure": {"latency_runs": 10},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def start(world: Path, out: Path, *overrides: str):

@@ -1,0 +1,56 @@
+"""A whole run's inputs in a folder: a tiny random teacher, a table it can learn, a recipe."""
+
+import random
+from pathlib import Path
+
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tiny_models import bert_config, random_model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Words `w4` to `w98` between [CLS] and [SEP]."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    words |= {f"w{i}": i for i in range(4, 99)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def table(num_rows: int = 260, num_labels: int = 3) -> str:
+    """CSV. The classes do not share a word."""
+    draw = random.Random(0)
+    rows = ["text,label"]
+    for i in range(num_rows):
+        label = i % num_labels
+        text = " ".join(f"w{draw.randrange(4 + 30 * label, 34 + 30 * label)}" for _ in range(6))
+        rows.append(f"{text},class {label}")
+    return "\n".join(rows) + "\n"
+
+
+def make_world(folder: Path) -> Path:
+    """`teacher/`, `rows.csv` and `recipe.yaml` in the folder."""
+    save_tokenizer(folder / "teacher")
+    random_model(bert_config()).save_pretrained(folder / "teacher")
+    (folder / "rows.csv").write_text(table())
+    training = {"epochs": 10, "batch_size": 16, "learning_rate": 3e-3}
+    recipe = {
+        "name": "tiny",
+        "task": {"kind": "text-classification", "max_tokens": 10},
+        "data": {"train": "rows.csv", "test_fraction": 0.25},
+        "teacher": {"model": "teacher", "tune": {**training}},
+        "distill": {"training": training},
+        "students": [{"name": "one", "budget": {"params": 12000}}],
+        "evidence": {"baselines": "none", "linear": False},
+        "export": {"formats": ["hf"], "primary": "hf"},
+        "measure": {"latency_runs": 10},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
