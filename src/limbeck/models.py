@@ -2,54 +2,155 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 
-from limbeck.errors import SourceError
+from limbeck.errors import RecipeError, SourceError
+
+_ALLOWED = "a folder with the config.json, model.safetensors and tokenizer.json of a text model"
+_CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES  # by model_type
+_DECODERS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+_ENCODERS = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def read_config(folder: Path, *, where: str) -> PretrainedConfig:
+    """The folder's config.
+
+    Raises SourceError unless it is that of a text model which transformers' Auto classes load as a
+    classifier.
+    """
+    if not (folder / "config.json").is_file():
+        found = f"there is no config.json in {folder}" if folder.is_dir() else f"{folder} is a file"
+        raise SourceError(where, found, allowed=_ALLOWED, fix="name a model's folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each architecture has its own
+        raise SourceError(
+            where, f"{folder}/config.json does not load: {_first_line(error)}", allowed=_ALLOWED,
+            fix="mend it, or fetch the model again",
+        ) from error  # fmt: skip
+    kind, classes = config.model_type, config.architectures or []
+    if kind not in _CLASSIFIERS:
+        raise SourceError(
+            where, f"{folder} holds a model of type {kind!r}, which classifies no text",
+            allowed=_ALLOWED, fix="choose a text encoder, such as a BERT",
+        )  # fmt: skip
+    for name in classes:
+        if name in {*_DECODERS.values()} - {*_ENCODERS.values()}:
+            raise SourceError(
+                where, f"{folder} holds a {name}, which continues text and does not classify it",
+                allowed="a text encoder, or a model that was trained to classify",
+                fix="choose another teacher",
+            )  # fmt: skip
+    if kind in _DECODERS and kind not in _ENCODERS and config.pad_token_id is None:
+        raise SourceError(
+            where, f"{folder}/config.json names no padding token", allowed="pad_token_id: a number",
+            fix="add it; without it a batch of unequal texts has no meaning to this model",
+        )  # fmt: skip
+    return config
 
 
 def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTrainedModel:
     """The model with a head for these labels; a head that is not in the folder starts random.
 
-    Raises SourceError where the folder holds no model that transformers' Auto classes load.
+    Raises SourceError where the folder holds no model that transformers' Auto classes load, or not
+    all of its weights.
     """
+    config = read_config(folder, where=where)
+    label_config(config, labels)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        label_config(config, labels)
-        return AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SourceError(
-            where, f"{folder} does not load: {_first_line(error)}",
-            allowed="a folder with config.json and model.safetensors of a text model",
+            where, f"{folder} does not load: {_first_line(error)}", allowed=_ALLOWED,
+            fix="fetch or save the model again",
         ) from error  # fmt: skip
+    # transformers only warns, and goes on with random weights
+    absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    body = f"{model.base_model_prefix}."
+    lost = sorted(n for n in absent if n.startswith(body) and "pooler" not in n)
+    if lost:
+        raise SourceError(
+            where, f"{folder} lacks {len(lost)} weights that its config.json asks for: {lost[0]}",
+            allowed="weights and config.json of the same model",
+            fix="fetch or save the model again",
+        )  # fmt: skip
+    return model
+
+
+def load_tokenizer(folder: Path, *, where: str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, a fast one.
+
+    Raises SourceError where there is none: transformers would go on with an empty vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # each kind of tokenizer has its own
+        raise SourceError(
+            where, f"the tokenizer of {folder} does not load: {_first_line(error)}",
+            allowed=_ALLOWED, fix="save the model's tokenizer into its folder",
+        ) from error  # fmt: skip
+    files = type(tokenizer).vocab_files_names.values()
+    if not tokenizer.is_fast or not any((folder / name).is_file() for name in files):
+        raise SourceError(
+            where, f"{folder} holds no tokenizer of the fast kind", allowed=_ALLOWED,
+            fix="save the model's tokenizer into its folder",
+        )  # fmt: skip
+    return tokenizer
+
+
+def check_length(config: PretrainedConfig, max_tokens: int) -> None:
+    """Raises RecipeError where the model's table of positions is shorter than that."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or max_tokens < positions - 8:
+        return
+    with torch.device("meta"):
+        model = build_classifier(config)
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is words:
+            continue
+        if module.num_embeddings - positions not in (0, 2):  # BART's has two that are never used
+            continue
+        if module.padding_idx is not None:  # RoBERTa's kind counts from behind it
+            positions -= module.padding_idx + 1
+        if max_tokens > positions:
+            raise RecipeError(
+                "recipe.task.max_tokens", f"{max_tokens}", fix=f"set it to {positions} or less",
+                allowed=f"up to {positions}, which the teacher's table of positions has",
+            )  # fmt: skip
+        return
 
 
 def head_labels(folder: Path, *, where: str) -> tuple[str, ...] | None:
     """The labels of the folder's own classification head, or None if it has none."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(where, f"{folder}: {_first_line(error)}") from error
+    config = read_config(folder, where=where)
     if not any("SequenceClassification" in name for name in config.architectures or ()):
         return None
-    return tuple(config.id2label[i] for i in range(config.num_labels))
+    return tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
 
 
 def label_config(config: PretrainedConfig, labels: Sequence[str]) -> None:

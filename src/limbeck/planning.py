@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from limbeck import stages
 from limbeck.architecture.axes import find_axis
 from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
 from limbeck.architecture.probe import example_inputs, find_axes
 from limbeck.architecture.proof import prove_axes
-from limbeck.models import build_classifier, label_config
+from limbeck.models import build_classifier, check_length, label_config, read_config
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
@@ -27,7 +25,8 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[Student
     model_folder = fetch(recipe.teacher.model, where="recipe.teacher.model", kind="model").path
     train = fetch(recipe.data.train, where="recipe.data.train", kind="data").path
     labels = sorted({*read_table(train, recipe.data, where="recipe.data.train").labels})
-    config = AutoConfig.from_pretrained(model_folder)
+    config = read_config(model_folder, where="recipe.teacher.model")
+    check_length(config, recipe.task.max_tokens)
     label_config(config, labels)
     model = build_classifier(config)
     axes = prove_axes(

@@ -37,9 +37,9 @@ def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
                 f"{where}, row {number}", f"{spec.text} is {text!r}", allowed="text",
                 fix="remove or mend the row",
             )  # fmt: skip
-        if label is None or not str(label).strip():
+        if not isinstance(label, str | int | float) or label != label or not str(label).strip():
             raise DataError(
-                f"{where}, row {number}", f"{spec.label} is {label!r}", allowed="a label",
+                f"{where}, row {number}", f"{spec.label} is {label!r}", allowed="text or a number",
                 fix="remove or mend the row",
             )  # fmt: skip
         texts.append(text)
@@ -47,7 +47,10 @@ def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
         if spec.group:
             groups.append(str(row[spec.group]))
     if not texts:
-        raise DataError(where, f"{path.name} has no rows", fix="name a file that has some")
+        raise DataError(
+            where, f"{path.name} has no rows", allowed="one or more",
+            fix="name a file that has some",
+        )  # fmt: skip
     return Table(texts, labels, groups if spec.group else None)
 
 
@@ -59,8 +62,9 @@ def _rows(
     suffix = path.suffix.lower()
     if suffix not in _DELIMITERS and (spec.columns is not None or spec.skip_rows):
         raise DataError(
-            where, f"columns and skip_rows have no effect on {path.name}", fix="remove them"
-        )
+            where, f"columns and skip_rows have no effect on {path.name}",
+            allowed="both for .csv, .tsv and .tab alone", fix="remove them",
+        )  # fmt: skip
     if suffix in _DELIMITERS:
         return _delimited_rows(path, _DELIMITERS[suffix], spec, wanted, where)
     if suffix in (".jsonl", ".ndjson"):
@@ -70,6 +74,7 @@ def _rows(
     raise DataError(
         where, f"{path.name} is of no known kind",
         allowed=".csv, .tsv, .tab, .jsonl, .parquet or a folder with one subfolder per label",
+        fix="convert or rename it",
     )  # fmt: skip
 
 
@@ -79,11 +84,12 @@ def _delimited_rows(
     # a .tab or .tsv line is split at tabs alone; quotes in it are text
     quoting: Any = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="") as file:
+    number = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a BOM
         try:
             for _ in range(spec.skip_rows):
                 next(file, None)
-            lines = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             columns = list(spec.columns) if spec.columns else next(lines, [])
             _require(wanted, columns, where)
             for number, line in enumerate(lines, start=1):
@@ -96,26 +102,34 @@ def _delimited_rows(
                         fix="mend the row; or check `columns` and `skip_rows`",
                     )  # fmt: skip
                 yield dict(zip(columns, line, strict=True))
-        except UnicodeDecodeError as error:
+        except UnicodeDecodeError:  # its place counts from the last block that was read
             raise DataError(
-                where, f"{path.name} is not UTF-8 text at byte {error.start}", fix="convert it"
-            ) from None
+                where, f"{path.name} is not UTF-8 text somewhere behind row {number}",
+                allowed="UTF-8", fix="convert it",
+            ) from None  # fmt: skip
         except csv.Error as error:
-            raise DataError(where, f"{path.name} is not readable as CSV: {error}") from None
+            raise DataError(
+                f"{where}, behind row {number}", f"{path.name} is not readable as CSV: {error}",
+                allowed='fields in "quotes", a quote in them doubled', fix="mend the row",
+            ) from None  # fmt: skip
 
 
 def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    allowed = f'an object, {{"{wanted[0]}": "...", "{wanted[1]}": "..."}}'
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            at = f"{where}, line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}, line {number}", f"not JSON: {error.msg}") from None
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    at, f"not JSON: {error}", allowed=allowed, fix="mend or remove the line"
+                ) from None
             if not isinstance(row, dict):
-                raise DataError(f"{where}, line {number}", "not an object", allowed='{"text": ...}')
-            _require(wanted, list(row), f"{where}, line {number}")
+                raise DataError(at, "not an object", allowed=allowed, fix="mend or remove the line")
+            _require(wanted, list(row), at)
             yield row
 
 
@@ -128,36 +142,54 @@ def _parquet_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dic
         _require(wanted, file.schema_arrow.names, where)
         for batch in file.iter_batches(columns=list(wanted)):
             yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise DataError(where, f"{path.name} is not readable as Parquet: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            where, f"{path.name} is not readable as Parquet: {str(error).splitlines()[0]}",
+            allowed="a whole Parquet file", fix="fetch or write it again",
+        ) from None  # fmt: skip
 
 
 def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, Any]]:
     if spec.group is not None:
-        raise DataError(where, "data.group has no effect on a folder of texts", fix="remove it")
+        raise DataError(
+            where, "data.group has no effect on a folder of texts", allowed="a file with columns",
+            fix="remove it",
+        )  # fmt: skip
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     if not folders:
-        raise DataError(where, f"{path} has no subfolders", allowed="one subfolder per label")
+        raise DataError(
+            where, f"{path} has no subfolders", allowed="one subfolder per label",
+            fix="name the folder above them, or a file",
+        )  # fmt: skip
     for folder in folders:
         files = sorted(folder.glob("*.txt"))
         if not files:
-            raise DataError(where, f"{folder} holds no .txt file", fix="fill or remove it")
+            raise DataError(
+                where, f"{folder} holds no .txt file", allowed="one subfolder of them per label",
+                fix="fill or remove it",
+            )  # fmt: skip
         for file in files:
             try:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    where, f"{file} is not UTF-8 text at byte {error.start}", fix="convert it"
-                ) from None
+                    where, f"{file} is not UTF-8 text at byte {error.start}", allowed="UTF-8",
+                    fix="convert it",
+                ) from None  # fmt: skip
             yield {spec.text: text, spec.label: folder.name}
 
 
 def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
     for name in wanted:
+        if columns.count(name) > 1:
+            raise DataError(
+                where, f"{columns.count(name)} columns are called {name!r}",
+                allowed="different names", fix="rename one",
+            )  # fmt: skip
         if name not in columns:
             close = difflib.get_close_matches(name, columns, 1)
             listed = ", ".join(columns[:_LISTED]) + (", ..." if len(columns) > _LISTED else "")
             raise DataError(
-                where, f"no column {name!r}", allowed=f"its columns: {listed or 'none'}",
-                fix=f"did you mean {close[0]!r}?" if close else "set data.text, data.label",
+                where, f"no column {name!r}", allowed=listed or "none, the file has no columns",
+                fix=f"did you mean {close[0]!r}?" if close else "set data.text and data.label",
             )  # fmt: skip

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from limbeck.errors import DataError
+from limbeck.errors import DataError, SourceError
 from limbeck.recipe import Recipe
 from limbeck.run import replaced, write_json
 from limbeck.tasks.tables import Table, read_table
@@ -101,22 +101,21 @@ def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def prepare(
-    recipe: Recipe, train: Path, test: Path | None, tokenizer_folder: Path, folder: Path
-) -> None:
+def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder: Path) -> None:
     """Read, check, split and tokenise; write `folder` for `TextClassification`.
 
-    Raises DataError for empty data, too few labels, or test labels that training never shows.
+    Raises DataError for empty data, too few labels, or test labels that training never shows;
+    SourceError for a folder `model` that holds no text model with its tokenizer.
     """
     data = recipe.data
-    table = read_table(train, data, where="data.train")
+    table = read_table(train, data, where="recipe.data.train")
     everything = np.arange(len(table.texts))
     if test is None:
         assert data.test_fraction is not None  # the recipe checked it
         held, kept = _split(table, everything, data.test_fraction, recipe.seed, "test")
         test_table, test_at = table, held
     else:
-        test_table, kept = read_table(test, data, where="data.test"), everything
+        test_table, kept = read_table(test, data, where="recipe.data.test"), everything
         test_at = np.arange(len(test_table.texts))
     validation_at, train_at = _split(
         table, kept, data.validation_fraction, recipe.seed, "validation"
@@ -124,13 +123,19 @@ def prepare(
     train_at = _sample(train_at, data.max_train_rows, recipe.seed)
     test_at = _sample(test_at, data.max_test_rows, recipe.seed)
     labels = sorted({table.labels[i] for i in train_at})
-    _check_labels(labels, table, validation_at, "data.train (validation rows)")
-    _check_labels(labels, test_table, test_at, "data.test")
+    _check_labels(labels, table, validation_at, "recipe.data.train (validation rows)")
+    _check_labels(labels, test_table, test_at, "recipe.data.test")
     shared = len({table.texts[i] for i in train_at} & {test_table.texts[i] for i in test_at})
 
-    from transformers import AutoTokenizer
+    from limbeck.models import check_length, head_labels, load_tokenizer, read_config
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=True)
+    where = "recipe.teacher.model"
+    config = read_config(model, where=where)
+    check_length(config, recipe.task.max_tokens)
+    tokenizer = load_tokenizer(model, where=where)
+    own = head_labels(model, where=where)
+    if own is not None and sorted(own) == labels:
+        labels = list(own)  # in the order that the head has learnt
     for split, source, at in (
         ("train", table, train_at),
         ("validation", table, validation_at),
@@ -138,6 +143,7 @@ def prepare(
     ):
         texts = [source.texts[i] for i in at]
         tokens, cut = _encode(tokenizer, texts, recipe.task.max_tokens)
+        _check_vocabulary(tokens, config.vocab_size, where)
         columns = {
             "id": pa.array(at, pa.int64()),
             "label": pa.array([labels.index(source.labels[i]) for i in at], pa.int64()),
@@ -175,8 +181,9 @@ def _split(
     held = np.array([key in chosen for key in keys])
     if held.all() or not held.any():
         raise DataError(
-            "data", f"{len(rows)} rows in {len(unique)} groups leave nothing to train on or to "
-            f"hold out for {purpose}", fix="give more data",
+            "recipe.data", f"{len(rows)} rows in {len(unique)} groups leave nothing to train on or "
+            f"to hold out for {purpose}", allowed="at least one group of rows for each",
+            fix="give more data",
         )  # fmt: skip
     return rows[held], rows[~held]
 
@@ -189,14 +196,27 @@ def _sample(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 
 def _check_labels(labels: Sequence[str], table: Table, rows: np.ndarray, where: str) -> None:
     if len(labels) < 2:
-        raise DataError("data.train", f"the only label is {labels[0]!r}", allowed="two or more")
+        raise DataError(
+            "recipe.data.train", f"the only label is {labels[0]!r}", allowed="two or more",
+            fix="check data.label and data.max_train_rows",
+        )  # fmt: skip
     unknown = sorted({table.labels[i] for i in rows} - {*labels})
     if unknown:
         raise DataError(
             where, f"labels that the training rows lack: {', '.join(unknown[:8])}",
             allowed=f"{len(labels)} labels: {', '.join(labels[:8])}"
             + (", ..." if len(labels) > 8 else ""),
-            fix="mend data.label or the split",
+            fix="mend those rows, or set data.label, the split or max_train_rows otherwise",
+        )  # fmt: skip
+
+
+def _check_vocabulary(tokens: Sequence[Sequence[int]], vocab_size: int, where: str) -> None:
+    highest = max(max(ids, default=0) for ids in tokens)
+    if highest >= vocab_size:
+        raise SourceError(
+            where, f"its tokenizer gives token {highest}, its model has {vocab_size} embeddings",
+            allowed="model and tokenizer that were made for each other",
+            fix="save the right tokenizer into the model's folder",
         )  # fmt: skip
 
 
