@@ -79,12 +79,14 @@ def _distill(arguments: argparse.Namespace) -> None:
     _show(report, arguments.out)
     missed = [s.name for s in report.students if not s.budget.met]
     if missed:
-        lines = [
-            f"{s.name}: asked {dict(s.budget.asked)}, measured {dict(s.budget.measured)}"
-            for s in report.students
-            if not s.budget.met
-        ]
-        raise TargetMissedError("budget", "; ".join(lines), fix="raise it, or measure again")
+        from limbeck.report import verdicts
+
+        budgets = verdicts(report)[: sum(len(s.budget.asked) for s in report.students)]
+        raise TargetMissedError(
+            ", ".join(f"recipe.students.{name}.budget" for name in missed),
+            " ".join(verdict.text for verdict in budgets if not verdict.ok).rstrip("."),
+            allowed="what each budget says", fix="raise it and run again",
+        )  # fmt: skip
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -120,7 +122,9 @@ def _recipes(arguments: argparse.Namespace) -> None:
     elif arguments.name in known:
         print(known[arguments.name].read_text(encoding="utf-8"), end="")
     else:
-        raise RecipeError("recipes show", f"{arguments.name!r}", allowed=", ".join(known))
+        raise RecipeError(
+            "recipes show", f"{arguments.name!r}", allowed=", ".join(known), fix="name one of them"
+        )
 
 
 def _try(arguments: argparse.Namespace) -> None:

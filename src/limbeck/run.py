@@ -21,18 +21,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from limbeck.errors import DamagedError, RunFolderError
+from limbeck.errors import DamagedError, LimbeckError, RecipeError, RunFolderError
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import differences, dump_recipe, fingerprint, load_recipe
 
 _NOTES = frozenset({"training.jsonl"})  # holds timings: checked, but not what a stage is made of
+_RECORDED = frozenset(
+    {"fingerprint", "digest", "files", "seconds", "energy_wh", "energy_source"}
+)  # fmt: skip
 _SCHEMA = 1  # of stage.json; a change makes every stage run again
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EIO,
+)  # fmt: skip
+_PAGE = 4096  # bytes; with less free, nothing can be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,7 @@ class Run:
         """
         folder = self.folder / name
         wanted = fingerprint(_SCHEMA, name, inputs)
-        record = _read_record(folder / "stage.json")
+        record = _read_record(folder / "stage.json", _RECORDED)
         if record and record["fingerprint"] == wanted:
             damaged = _first_damaged(folder, record["files"])
             if damaged is None:
@@ -110,7 +119,7 @@ class Run:
                 return self._make(name, folder, wanted, make)
 
     def _make(self, name: str, folder: Path, wanted: str, make: Callable[[Path], None]) -> Made:
-        begun = _read_record(folder / "begun.json")
+        begun = _read_record(folder / "begun.json", {"fingerprint", "seconds"})
         if folder.exists() and (begun is None or begun["fingerprint"] != wanted):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,9 +173,11 @@ class Run:
 
     def _refuse_or_repair(self, folder: Path, damaged: str) -> None:
         if not self._repair:
+            gone = not (folder / damaged).is_file()
             raise DamagedError(
-                str(folder / damaged), "its content no longer has the recorded sha256",
-                fix="run again with --repair to make this stage anew",
+                str(folder / damaged),
+                "it is gone" if gone else "its content no longer has the recorded sha256",
+                allowed="what the stage wrote", fix="run again with --repair to make it anew",
             )  # fmt: skip
         shutil.rmtree(folder)
 
@@ -185,7 +196,7 @@ def open_run(folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False
     """
     path = folder / "recipe.yaml"
     if path.exists():
-        _same_recipe_or_refuse(folder, load_recipe(path)[0], recipe)
+        _same_recipe_or_refuse(folder, path, recipe, repair=repair)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(
             f"--out {folder}", "exists and is not a run folder",
@@ -199,14 +210,25 @@ def open_run(folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunFolderError(
-                    f"--out {folder}", "another process is working in it", fix="wait for it to end"
-                ) from None
+                    f"--out {folder}", "another process is working in it", allowed="one at a time",
+                    fix="wait for it to end",
+                ) from None  # fmt: skip
             write_text(path, dump_recipe(recipe))
             yield Run(folder, recipe, meter, repair=repair)
 
 
-def _same_recipe_or_refuse(folder: Path, old: Recipe, new: Recipe) -> None:
+def _same_recipe_or_refuse(folder: Path, path: Path, new: Recipe, *, repair: bool) -> None:
     """Another seed, task, data or teacher is another run; anything else is a change of this one."""
+    try:
+        old = load_recipe(path)[0]
+    except RecipeError as error:
+        if repair:  # each stage's fingerprint still keeps two recipes apart
+            return
+        raise DamagedError(
+            str(path), f"is no recipe any more: {error.where}: {error.found}",
+            allowed="the recipe of the run that lies there",
+            fix="run again with --repair to put this one in its place",
+        ) from error  # fmt: skip
     keys = {"name", "seed", "task", "data", "teacher"}
     for where, before, now in differences(
         old.model_dump(mode="json", include=keys), new.model_dump(mode="json", include=keys)
@@ -259,20 +281,43 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full or read-only disk as a sentence. What was finished before stays."""
+    """A full or unwritable disk as a sentence. What was finished before stays."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except LimbeckError:
+        raise
+    except Exception as error:
+        if _is_full(error, folder):
             raise RunFolderError(
-                str(error.filename or folder), "the disk is full",
+                str(getattr(error, "filename", None) or folder), "the disk is full",
+                allowed=f"{_free_bytes(folder):,} bytes are free in {folder}",
                 fix="free some space and run the same command again: it goes on where it stopped",
             ) from error  # fmt: skip
-        if error.errno in (errno.EROFS, errno.EACCES):
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            named = Path(os.fsdecode(error.filename)) if error.filename else folder
+            inside = named.is_relative_to(folder)
             raise RunFolderError(
-                str(error.filename or folder), "cannot be written", fix="choose another --out"
-            ) from error
+                str(named), f"cannot be {'written' if inside else 'used'}: {error.strerror}",
+                allowed="a folder in which you may write" if inside else "",
+                fix="choose another --out" if inside else "check that path",
+            ) from error  # fmt: skip
         raise
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whoever wrote says it with a number, in words (safetensors), or not at all (numpy, torch)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    if any(os.strerror(number) in str(error) for number in _FULL):
+        return True
+    writing = isinstance(error, OSError | RuntimeError)
+    return writing and _free_bytes(folder) < _PAGE
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 @contextmanager
@@ -282,12 +327,12 @@ def _ignore_full_disk() -> Iterator[None]:
         yield
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_record(path: Path, needed: Set[str]) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None  # a damaged record is no record: the stage is made again
-    return record if isinstance(record, dict) and "fingerprint" in record else None
+    return record if isinstance(record, dict) and needed <= record.keys() else None
 
 
 def _first_damaged(folder: Path, files: Mapping[str, str]) -> str | None:
