@@ -28,7 +28,8 @@ class LimbeckError(Exception):
         return (_rebuild, (type(self), self.where, self.found, self.allowed, self.fix))
 
     def __str__(self) -> str:
-        return f"{self.where}: " + "; ".join(p for p in (self.found, self.allowed, self.fix) if p)
+        allowed = f"allowed: {self.allowed}" if self.allowed else ""
+        return f"{self.where}: " + "; ".join(p for p in (self.found, allowed, self.fix) if p)
 
 
 def _rebuild(

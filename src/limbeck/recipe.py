@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from limbeck.errors import RecipeError
 
@@ -23,6 +31,14 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{value} is not allowed: here true and false mean nothing")
+        return value
 
 
 class Source(Spec):
@@ -75,11 +91,11 @@ class DataSpec(Spec):
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> Self:
         if self.test is None and self.test_fraction is None:
-            raise ValueError("no held-out data: give `test` or `test_fraction`")
+            raise ValueError("no held-out data: either `test` or `test_fraction`")
         if self.test is not None and self.test_fraction is not None:
-            raise ValueError("`test_fraction` would have no effect beside `test`: remove one")
+            raise ValueError("`test_fraction` has no effect beside `test`: either of them")
         if self.text == self.label:
-            raise ValueError(f"`text` and `label` are the same column, {self.text!r}")
+            raise ValueError(f"`text` and `label` are both {self.text!r}: two columns")
         return self
 
 
@@ -135,7 +151,7 @@ class BudgetSpec(Spec):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if self.params is None and self.size_mb is None and self.latency_ms is None:
-            raise ValueError("an empty budget: give at least one of params, size_mb, latency_ms")
+            raise ValueError("an empty budget: one or more of params, size_mb, latency_ms")
         return self
 
 
@@ -164,10 +180,19 @@ class ExportSpec(Spec):
     primary: Format = "onnx-int8"
     """The format that budgets and retention speak of."""
 
+    @field_validator("formats")
+    @classmethod
+    def _each_once_and_hf_always(cls, formats: tuple[Format, ...]) -> tuple[Format, ...]:
+        if len({*formats}) < len(formats):
+            raise ValueError("a format twice: each of them once")
+        return formats if "hf" in formats else ("hf", *formats)
+
     @model_validator(mode="after")
     def _primary_is_written(self) -> Self:
-        if self.primary not in {*self.formats, "hf"}:
-            raise ValueError(f"primary {self.primary!r} is not among `formats`")
+        if self.primary not in self.formats:
+            raise ValueError(
+                f"`primary` {self.primary!r} is not written: one of {', '.join(self.formats)}"
+            )
         return self
 
 
@@ -202,7 +227,15 @@ class Recipe(Spec):
         names = [student.name for student in self.students]
         twice = sorted({name for name in names if names.count(name) > 1} | ({"teacher"} & {*names}))
         if twice:
-            raise ValueError(f"a student cannot be called {twice[0]!r}: the name is taken")
+            raise ValueError(f"two models are called {twice[0]!r}: different names")
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> Self:
+        if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
+            raise ValueError(
+                "`measure.secondary_rows` has no effect with one format: null, or more formats"
+            )
         return self
 
     def training_of(self, student: StudentSpec) -> TrainingSpec:

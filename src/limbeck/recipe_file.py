@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,9 @@ from limbeck.recipe import Recipe, Source
 BUILT_IN = Path(__file__).parent / "recipes"
 _MAX_BYTES = 1_000_000  # a recipe is some hundred lines
 _MAX_DEPTH = 20
+_SETTINGS = "settings, one `name: value` a line"
+_START = "`limbeck recipes show quickstart` prints a recipe to start from"
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*(@\S+)?"  # what is no path may be one; `sources` says exactly
 
 
 def built_in_recipes() -> dict[str, Path]:
@@ -40,7 +44,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Reci
 def validate(data: Any) -> Recipe:
     """Raises RecipeError for the first thing wrong, in the words of the recipe."""
     if not isinstance(data, Mapping):
-        raise RecipeError("recipe", f"expected settings, got {_show(data)}")
+        raise RecipeError("recipe", f"{_show(data)}", allowed=_SETTINGS, fix=_START)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -55,16 +59,23 @@ def dump_recipe(recipe: Recipe) -> str:
 def rebase(recipe: Recipe, base: Path) -> Recipe:
     """The same recipe with local paths made absolute, so that it means the same from anywhere."""
 
-    def absolute(source: Source | None) -> Source | None:
+    def absolute(source: Source | None, *, hub_id: bool = False) -> Source | None:
         if source is None or "://" in source.uri:
             return source
-        path = base / Path(source.uri).expanduser()
-        return source.model_copy(update={"uri": str(path.resolve())}) if path.exists() else source
+        try:
+            path = base / Path(source.uri).expanduser()
+        except RuntimeError:  # ~ of an unknown user: `fetch` says so
+            return source
+        if hub_id and re.fullmatch(_HUB_ID, source.uri) and not path.exists():
+            return source
+        return source.model_copy(update={"uri": str(path.resolve())})
 
     data = recipe.data.model_copy(
         update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)}
     )
-    teacher = recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)})
+    teacher = recipe.teacher.model_copy(
+        update={"model": absolute(recipe.teacher.model, hub_id=True)}
+    )
     return recipe.model_copy(update={"data": data, "teacher": teacher})
 
 
@@ -106,7 +117,7 @@ def _find(recipe: str | Path) -> Path:
     fix = f"did you mean {close[0]!r}?" if close else "`limbeck recipes` lists the built-in ones"
     raise RecipeError(
         str(recipe), "no such file, run folder or built-in recipe",
-        allowed=f"built in: {', '.join(built_in)}", fix=fix,
+        allowed=f"a file, a run folder, or {', '.join(built_in)}", fix=fix,
     )  # fmt: skip
 
 
@@ -117,13 +128,15 @@ def _read(path: Path) -> str:
             str(path),
             f"{size:,} bytes are too many for a recipe",
             allowed=f"at most {_MAX_BYTES:,}",
+            fix=_START,
         )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(
-            str(path), f"not UTF-8 text at byte {error.start}", fix="save it as UTF-8"
-        ) from None
+            str(path), f"not UTF-8 text at byte {error.start}", allowed="UTF-8",
+            fix="save it as UTF-8",
+        ) from None  # fmt: skip
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -162,19 +175,19 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             deepest = max(deepest, depth)
             if deepest > _MAX_DEPTH:
                 raise RecipeError(
-                    where, "nested too deeply", allowed=f"at most {_MAX_DEPTH} levels"
+                    where, "nested too deeply", allowed=f"at most {_MAX_DEPTH} levels", fix=_START
                 )
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "somewhere"
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(
             f"{where}, {line}", problem, allowed="plain YAML: text, numbers, lists, settings",
-            fix="`limbeck recipes show quickstart` prints a recipe to start from",
+            fix=_START,
         ) from None  # fmt: skip
     if not isinstance(data, dict):
-        raise RecipeError(where, f"expected settings, got {_show(data)}")
+        raise RecipeError(where, f"{_show(data)}", allowed=_SETTINGS, fix=_START)
     return data
 
 
@@ -182,7 +195,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     """`--set students.small.budget.params=3000000`; a list's entry by number or by its name."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"--set {override}", "no '='", allowed="--set a.b=value")
+        raise RecipeError(
+            f"--set {override}", "no '='", allowed="--set a.b=value", fix="add =VALUE"
+        )
     keys = path.split(".")
     here: Any = data
     for i, key in enumerate(keys[:-1]):
@@ -196,8 +211,9 @@ def _override(data: dict[str, Any], override: str) -> None:
             following = here[key] = {}
         if not isinstance(following, dict | list):
             raise RecipeError(
-                f"--set {path}", f"{'.'.join(keys[: i + 1])} is {_show(following)}, not settings"
-            )
+                f"--set {path}", f"{'.'.join(keys[: i + 1])} is {_show(following)}, not settings",
+                allowed=".".join(keys[: i + 1]), fix="set that, or give it settings in the recipe",
+            )  # fmt: skip
         here = following
     value = next(iter(_parse(f"value: {text}", f"--set {path}").values()))
     if isinstance(here, list):
@@ -213,31 +229,54 @@ def _index(entries: list[Any], key: str, path: str) -> int:
     if key.isdigit() and int(key) < len(entries):
         return int(key)
     known = ", ".join(str(name) for name in names if name)
-    raise RecipeError(f"--set {path}", f"no entry {key!r}", allowed=f"a number or one of: {known}")
+    raise RecipeError(
+        f"--set {path}", f"no entry {key!r}", allowed=f"its number or one of: {known}",
+        fix="add it to the recipe first",
+    )  # fmt: skip
 
 
 def _explain(error: ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     steps: list[str | int] = list(first["loc"])
-    where = _path(steps)
+    where, found = _path(steps), _show(first["input"])
+    change = f"change it in the recipe, or with --set {'.'.join(map(str, steps))}=VALUE"
     match first["type"]:
         case "extra_forbidden":
             known = _settings_at(steps[:-1])
             close = difflib.get_close_matches(str(steps[-1]), known, 1)
-            fix = f"did you mean {close[0]!r}?" if close else ""
-            return RecipeError(
-                where, "no such setting", allowed="" if fix else _list(known), fix=fix
-            )
+            fix = f"did you mean {close[0]!r}?" if close else "remove it"
+            return RecipeError(where, "no such setting", allowed=", ".join(known), fix=fix)
         case "missing":
-            return RecipeError(where, "missing", fix="add it")
+            means = _meaning(steps)
+            return RecipeError(where, "missing", allowed=means, fix="add it")
         case "value_error":
-            return RecipeError(where, str(first["ctx"]["error"]))
+            found, _, allowed = str(first["ctx"]["error"]).partition(": ")
+            return RecipeError(where, found, allowed=allowed, fix="change the recipe, or use --set")
+        case "model_type" | "model_attributes_type":
+            known = _settings_at(steps)
+            allowed = f"settings: {', '.join(known)}"
+            return RecipeError(where, f"{found} is not allowed", allowed=allowed, fix=change)
+        case "tuple_type":
+            return RecipeError(where, f"{found} is not allowed", allowed="a list", fix=change)
+        case "string_pattern_mismatch":
+            allowed = f"text like {first['ctx']['pattern']}"
+            return RecipeError(where, f"{found} is not allowed", allowed=allowed, fix=change)
         case _:
-            message = first["msg"][0].lower() + first["msg"][1:]
-            return RecipeError(where, f"{_show(first['input'])} is not allowed", allowed=message)
+            allowed = first["msg"][0].lower() + first["msg"][1:]
+            return RecipeError(where, f"{found} is not allowed", allowed=allowed, fix=change)
+
+
+def _meaning(steps: Sequence[str | int]) -> str:
+    """The first sentence of the setting's own documentation."""
+    text = _model_at(steps[:-1]).model_fields[str(steps[-1])].description or ""
+    return " ".join(text.split(". ")[0].split()).rstrip(".")
 
 
 def _settings_at(steps: Sequence[str | int]) -> list[str]:
+    return list(_model_at(steps).model_fields)
+
+
+def _model_at(steps: Sequence[str | int]) -> type[BaseModel]:
     model: Any = Recipe
     for step in steps:
         if isinstance(step, int):
@@ -246,7 +285,7 @@ def _settings_at(steps: Sequence[str | int]) -> list[str]:
         candidates = [annotation, *get_args(annotation)]
         candidates += [inner for outer in candidates for inner in get_args(outer)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+    return model
 
 
 def _path(steps: Sequence[str | int]) -> str:
@@ -254,10 +293,6 @@ def _path(steps: Sequence[str | int]) -> str:
     for step in steps:
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
     return text
-
-
-def _list(names: Sequence[str]) -> str:
-    return "allowed: " + ", ".join(names)
 
 
 def _show(value: Any) -> str:

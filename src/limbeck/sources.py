@@ -127,12 +127,17 @@ def _parse(uri: str, *, where: str, base: Path, kind: Kind) -> _Place | Path:
         return _hub_place(rest, None)
     match = re.fullmatch(_PATTERNS[scheme], rest, re.ASCII | re.DOTALL)
     if match is None or (scheme == "hf" and kind == "model"):
-        raise SourceError(where, f"{uri!r} cannot be read", allowed=_FORMS[scheme])
+        raise SourceError(
+            where, f"{uri!r} cannot be read", allowed=_FORMS[scheme], fix="write it like that"
+        )
     package, member = match[1], match[2].rstrip("/")
     if scheme == "hf":
         return _hub_place(package, member)
     if any(part in ("", ".", "..") for part in re.split(r"[/\\]", member)):
-        raise SourceError(where, f"{member!r} is no path in a package", allowed=_FORMS[scheme])
+        raise SourceError(
+            where, f"{member!r} is no path in a package", allowed=_FORMS[scheme],
+            fix="name it as the package's list of files does",
+        )  # fmt: skip
     if scheme == "pypi":  # PEP 503: one package, however it is spelt
         name, _, version = package.partition("==")
         package = re.sub(r"[-_.]+", "-", name).lower() + "==" + version
@@ -154,7 +159,10 @@ def _local_or_hub(uri: str, *, where: str, base: Path, kind: Kind) -> _Place | P
         return path
     if kind == "model" and re.fullmatch(_HUB_MODEL, uri, re.ASCII):
         return _hub_place(uri, None, _near(path))
-    raise SourceError(where, f"there is no {path}", allowed=_ALLOWED, fix=did_you_mean(_near(path)))
+    raise SourceError(
+        where, f"there is no {path}", allowed=_ALLOWED,
+        fix=did_you_mean(_near(path)) or "check the path",
+    )  # fmt: skip
 
 
 def _near(path: Path) -> list[str]:

@@ -37,5 +37,8 @@ def _find(student: Path) -> tuple[Path, Format, Path]:
         if (folder / "config.json").is_file():
             return folder, "hf", folder
     raise SourceError(
-        str(student), "no student there", allowed="RUN/students/NAME, an .onnx file, an hf folder"
+        str(student),
+        "no student there",
+        allowed="RUN/students/NAME, an .onnx file, an hf folder",
+        fix="`limbeck report RUN` shows a run's students",
     )

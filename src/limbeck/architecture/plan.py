@@ -207,7 +207,7 @@ def _choose(
         asked = budget.model_dump(exclude_none=True)
         raise RecipeError(
             where, f"no shape meets {_listed(asked)}",
-            allowed=f"the smallest has {smallest[0]:,} parameters and {smallest[1]:.2f} MB",
+            allowed=f"{smallest[0]:,} parameters or more, and {smallest[1]:.2f} MB or more",
             fix="raise the budget",
         )  # fmt: skip
     limit = budget.latency_ms
@@ -227,8 +227,8 @@ def _choose(
     if model.measure(fastest) <= limit * _MARGIN:
         return fastest
     raise RecipeError(
-        f"{where}.latency_ms", f"{limit:g}",
-        allowed=f"the fastest shape takes about {model.predict(fastest) / _MARGIN:.2f} ms here",
+        f"{where}.latency_ms", f"no shape meets {_listed({'latency_ms': limit})}",
+        allowed=f"about {model.predict(fastest) / _MARGIN:.2f} ms or more, on this machine",
         fix="raise the budget",
     )  # fmt: skip
 
