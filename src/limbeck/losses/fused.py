@@ -1,0 +1,235 @@
+"""The head's matmul and the losses behind it, in chunks over positions.
+
+    P positions      D width      V vocabulary      c positions of one chunk
+
+Logits (P, V) are the largest tensor of a language model's step. Here a chunk (c, V) is made, its
+losses and their gradient taken, both multiplied back to (c, D) and (V, D), and forgotten: nothing
+of size (P, V) exists, and no matmul is done twice.
+
+Why the weights come in and a sum goes out: the head's gradient is sum_i u_i dl_i/dz_i (x) h_i,
+with u the gradient from above. Once the chunks are summed, a u_i that arrives later cannot be
+multiplied in; to wait for it means to hold the chunks or to do a fourth matmul. A mask,
+temperature squared and 1 / count are all known before the forward, so they are arguments, and only
+one number is left to arrive from above, which multiplies what is stored.
+
+Any loss of `divergence` and `sparse` takes part unchanged: a chunk's gradient is autograd's own, so
+this path cannot optimise something else than the plain one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from limbeck.losses.divergence import cross_entropy
+from limbeck.losses.numerics import at_least_fp32, without_autocast
+from limbeck.losses.sparse import rows_per_chunk, sampled_cross_entropy, sparse_divergence
+
+Rows = slice | Tensor  # some of the P positions
+Loss = Callable[[Tensor, Rows], Tensor]  # student logits (c, V), which positions -> (c,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), as transformers has it.
+
+    Cohere's `logit_scale` multiplies; for Granite's `logits_scaling`, which divides, pass 1 / it.
+    Tied or not makes no difference: autograd adds the gradients of a weight that is used twice.
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None  # `final_logit_softcapping`
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) in fp32, whatever came in: bf16 logits are wrong by 0.2 %."""
+        with without_autocast(hidden):
+            # the scale on the small side of the matmul
+            scaled = at_least_fp32(hidden) * self.logit_scale
+            logits = scaled @ at_least_fp32(self.weight).T
+            if self.bias is not None:
+                logits = logits + at_least_fp32(self.bias) * self.logit_scale
+            return _capped(logits, self.softcap)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One loss and what each position counts: mask * weight * temperature^2 / count, say."""
+
+    loss: Loss
+    weight: Tensor  # (P,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fused:
+    """`total` carries the gradient; `values` are for reporting and carry none."""
+
+    total: Tensor  # (): sum over terms and positions of weight * value
+    values: tuple[Tensor, ...]  # per term (P,), in nats, unweighted; 0 where no term counts
+
+
+def against_logits(
+    divergence: Callable[..., Tensor], teacher_logits: Tensor, *, temperature: float = 1.0
+) -> Loss:
+    """A divergence from dense teacher logits (P, V)."""
+    return lambda logits, rows: divergence(logits, teacher_logits[rows], temperature=temperature)
+
+
+def against_head(
+    divergence: Callable[..., Tensor],
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    *,
+    temperature: float = 1.0,
+) -> Loss:
+    """A divergence from a teacher's last hidden states (P, D_teacher) through its own head."""
+
+    def loss(logits: Tensor, rows: Rows) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head.logits(teacher_hidden[rows])  # (c, V)
+        return divergence(logits, teacher_logits, temperature=temperature)
+
+    return loss
+
+
+def against_sparse(
+    divergence: Callable[..., Tensor],
+    ids: Tensor,
+    probs: Tensor,
+    tail: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> Loss:
+    """`sparse_divergence` from (P, K), (P, K), (P,), taken at `temperature`."""
+    return lambda logits, rows: sparse_divergence(
+        divergence, logits, ids[rows], probs[rows], tail[rows], temperature=temperature
+    )
+
+
+def against_sample(ids: Tensor, weights: Tensor, *, temperature: float = 1.0) -> Loss:
+    """`sampled_cross_entropy` from (P, K), (P, K)."""
+    return lambda logits, rows: sampled_cross_entropy(
+        logits, ids[rows], weights[rows], temperature=temperature
+    )
+
+
+def against_labels(labels: Tensor) -> Loss:
+    """Cross-entropy with hard labels (P,) int64, valid wherever any of the terms counts."""
+    return lambda logits, rows: cross_entropy(logits, labels[rows])
+
+
+def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term]) -> Fused:
+    """Sum of the terms for hidden (P, D), with gradients for hidden, head weight and bias.
+
+    Terms share the head's matmul. A position at which every weight is 0 is left out before the
+    matmul: it costs nothing, its gradient is exactly zero, and NaN there does not spread. Memory:
+    some chunks of `CHUNK_BYTES` and a gradient like each input. Raises ValueError where a weight's
+    shape is not (P,); a second derivative is an error.
+    """
+    for term in terms:
+        if term.weight.shape != hidden.shape[:1]:
+            raise ValueError(
+                f"weights {tuple(term.weight.shape)} must be one per position, hidden is "
+                f"{tuple(hidden.shape)}"
+            )
+    bias = head.bias
+    wanted = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, head.weight, bias)
+    )
+    total, *values = _FusedLoss.apply(hidden, head.weight, bias, head, tuple(terms), wanted)
+    return Fused(total=total, values=tuple(values))
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        terms: tuple[Term, ...],
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(hidden):
+            grads, total, values = _run(hidden, weight, bias, head, terms, wanted)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*values)
+        return (total, *values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [g if g is None else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors]
+        return (*grads, None, None, None)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    terms: tuple[Term, ...],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[list[Tensor | None], Tensor, list[Tensor]]:
+    """Gradients for (hidden, weight, bias) where wanted, the weighted sum, values per term."""
+    w = at_least_fp32(weight)  # (V, D), once for all chunks
+    scale = head.logit_scale
+    weights = [at_least_fp32(term.weight.detach()) for term in terms]
+    values = [w.new_zeros(len(hidden)) for _ in terms]
+    # sums over chunks are fp32, whatever the parameters are
+    sums = [
+        torch.zeros_like(of, dtype=w.dtype) if of is not None and want else None
+        for of, want in zip((hidden, weight, bias), wanted, strict=True)
+    ]
+    grad_hidden, grad_weight, grad_bias = sums
+    total = w.new_zeros(())
+    for rows in _chunks(weights, len(hidden), rows_per_chunk(len(w))):
+        h = at_least_fp32(hidden[rows]) * scale  # (c, D)
+        linear = h @ w.T  # (c, V), never in bf16
+        if bias is not None:
+            linear += at_least_fp32(bias) * scale
+        linear.requires_grad_(any(wanted))
+        with torch.set_grad_enabled(any(wanted)):
+            logits = _capped(linear, head.softcap)
+            part = [term.loss(logits, rows) for term in terms]  # (c,) each
+            weighted = [(v * u[rows]).sum() for v, u in zip(part, weights, strict=True)]
+            chunk_total = torch.stack(weighted).sum()
+        total += chunk_total.detach()
+        for value, v in zip(values, part, strict=True):
+            value[rows] = v.detach().to(value.dtype)
+        if not any(wanted):
+            continue
+        (g,) = torch.autograd.grad(chunk_total, linear)  # (c, V)
+        if grad_hidden is not None:
+            grad_hidden[rows] = (g @ w) * scale
+        if grad_weight is not None:
+            grad_weight.addmm_(g.T, h)
+        if grad_bias is not None:
+            grad_bias.add_(g.sum(0), alpha=scale)
+    originals = (hidden, weight, bias)
+    grads = [
+        g.to(of.dtype) if g is not None and of is not None else None
+        for g, of in zip(sums, originals, strict=True)
+    ]
+    return grads, total, values
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def _chunks(weights: Sequence[Tensor], num_positions: int, size: int) -> Iterator[Rows]:
+    """Slices where all positions count: a slice of teacher logits is a view, no copy."""
+    counted = torch.stack([w != 0 for w in weights]).any(0)
+    if counted.all():
+        starts = range(0, num_positions, size)
+        return (slice(start, min(start + size, num_positions)) for start in starts)
+    return iter(counted.nonzero().squeeze(-1).split(size))
