@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.losses.numerics import NEVER, at_least_fp32
+from limbeck.losses.numerics import NEVER, at_least_fp32, tempered
 
 # What a loss may hold of (positions x V) fp32 at once. glibc hands every block above 32 MiB back
 # to the kernel, and its next use faults in each page again: a copy then took 9 times as long.
@@ -102,9 +102,9 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _outside(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The softmax over the classes outside `ids` (n, V), its logsumexp (n, 1), logits of `ids`."""
-    scaled = at_least_fp32(logits) / temperature
+    scaled = tempered(logits, temperature)
     inside = scaled.gather(-1, ids)
-    probs, log_sum = _softmax(scaled.scatter_(-1, ids, -torch.inf))
+    probs, log_sum = _softmax(scaled.scatter(-1, ids, -torch.inf))
     return probs, log_sum, inside
 
 
@@ -152,7 +152,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         parts, kept = [], None
         for rows in _chunks(logits):
-            scaled = at_least_fp32(logits[rows]) / temperature
+            scaled = tempered(logits[rows], temperature)
             probs, log_sum = _softmax(scaled)
             log_q = (scaled.gather(-1, ids[rows]) - log_sum).clamp_min(NEVER)
             parts.append(-(weights[rows] * log_q).sum(-1))
@@ -173,6 +173,6 @@ class _SampledCrossEntropy(torch.autograd.Function):
             return grad.scatter_add_(-1, ids, -w).to(logits.dtype), None, None, None
         grad = torch.empty_like(logits)
         for rows in _chunks(logits):
-            part = (at_least_fp32(logits[rows]) / ctx.temperature).softmax(-1)
+            part = tempered(logits[rows], ctx.temperature).softmax(-1)
             grad[rows] = part.mul_(mass[rows]).scatter_add_(-1, ids[rows], -w[rows])
         return grad, None, None, None
