@@ -106,8 +106,8 @@ def test_a_damaged_file_is_named_and_repaired_only_on_demand(tmp_path):
 
 def test_a_folder_with_another_recipe_or_other_things_is_refused(tmp_path):
     recipe, _ = load_recipe("quickstart")
-    with open_run(tmp_path / "run", recipe, Meter()):
-        pass
+    with open_run(tmp_path / "run", recipe, Meter()) as run:
+        run.stage("a", 1, lambda folder: None)
     other, _ = load_recipe("quickstart", ["seed=1"])
     with pytest.raises(RunFolderError, match="seed is 0 there, 1 here"):
         open_run(tmp_path / "run", other, Meter()).__enter__()

@@ -1,12 +1,17 @@
 """A whole run's inputs in a folder: a tiny random teacher, a table it can learn, a recipe."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
+from limbeck import pipeline, runtime
+from limbeck.energy import NoMeter
 from tiny_models import bert_config, random_model
 
 
@@ -54,3 +59,39 @@ def make_world(folder: Path) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
+
+
+def save_bert(folder: Path, **changes) -> None:
+    """The tiny random BERT with its tokenizer and a changed config."""
+    random_model(BertConfig(**{**bert_config().to_dict(), **changes})).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def make_known_world(folder: Path) -> Path:
+    """As `make_world`, with a teacher that knows the task: its head has the data's labels, in an
+    order of its own, so that nothing has to be tuned."""
+    make_world(folder)
+    save_bert(folder / "knows", id2label={0: "class 2", 1: "class 0", 2: "class 1"})
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["teacher"] = {"model": "knows"}
+    recipe["distill"]["training"]["epochs"] = 1
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "rows.csv").write_text(table(num_rows=90))
+    return folder
+
+
+def timing(latency_ms: float) -> runtime.Timing:
+    return runtime.Timing(
+        latency_ms=latency_ms, latency_p95_ms=1.0, latency_iqr_ms=0.0, latency_wall_ms=1.0,
+        throughput_per_s=1.0, peak_memory_bytes=1, device="cpu", threads=1, runtime="none", runs=10,
+    )  # fmt: skip
+
+
+@contextmanager
+def quickly() -> Iterator[None]:
+    """No stop-watch and no energy meter: `test_runtime` and `test_measure` have the real ones."""
+    with (
+        patch.object(pipeline, "CodecarbonMeter", NoMeter),
+        patch.object(runtime, "time_artifact", lambda *args, **settings: timing(1.0)),
+    ):
+        yield

@@ -190,14 +190,16 @@ class Run:
 def open_run(folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False) -> Iterator[Run]:
     """The run in this folder, locked against a second process.
 
-    Raises RunFolderError if the folder holds another recipe (another task, data, teacher or seed),
-    or something else entirely, or is in use. Other settings may change: what depends on them is
-    made again.
+    Raises RunFolderError if the folder holds results of another recipe (another task, data, teacher
+    or seed), or something else entirely, or is in use. Other settings may change: what depends on
+    them is made again.
     """
     path = folder / "recipe.yaml"
-    if path.exists():
-        _same_recipe_or_refuse(folder, path, recipe, repair=repair)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if {".lock", "recipe.yaml"} <= names:  # a recipe without a lock is the user's own file
+        if any(folder.rglob("stage.json")):  # a try that made nothing leaves the folder free
+            _same_recipe_or_refuse(folder, path, recipe, repair=repair)
+    elif folder.exists() and (not folder.is_dir() or names - {".lock"}):
         raise RunFolderError(
             f"--out {folder}", "exists and is not a run folder",
             allowed="a new or empty folder, or one that holds this recipe's run",

@@ -154,7 +154,10 @@ def _local_or_hub(uri: str, *, where: str, base: Path, kind: Kind) -> _Place | P
     try:
         path = (base / Path(uri).expanduser()).absolute()
     except RuntimeError as error:  # ~ of an unknown user
-        raise SourceError(where, f"{uri!r}: {error}", fix="write the path out") from None
+        raise SourceError(
+            where, f"{uri!r}: {error}", allowed="~ for your own home folder",
+            fix="write the path out",
+        ) from None  # fmt: skip
     if path.exists():
         return path
     if kind == "model" and re.fullmatch(_HUB_MODEL, uri, re.ASCII):
