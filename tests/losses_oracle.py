@@ -44,11 +44,14 @@ def jsd(log_q, log_p, _, beta):
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
+def tvd(log_q, log_p, _):
+    pairs = zip(log_q, log_p, strict=True)
+    return math.fsum(abs(math.exp(q) - math.exp(p)) for q, p in pairs) / 2
+
+
 def akl(log_q, log_p, log_q_fixed):
-    gaps = sorted(
-        ((math.exp(p), abs(math.exp(p) - math.exp(q))) for p, q in zip(log_p, log_q_fixed)),
-        reverse=True,
-    )
+    pairs = zip(log_p, log_q_fixed, strict=True)
+    gaps = sorted(((math.exp(p), abs(math.exp(p) - math.exp(q))) for p, q in pairs), reverse=True)
     head = mass = 0.0
     for p, gap in gaps:
         if mass < 0.5:
@@ -83,10 +86,7 @@ DIVERGENCES = {
     "jsd_0.2": (partial(d.jsd, beta=0.2), partial(jsd, beta=0.2)),
     "skew_kl": (d.skew_kl, lambda q, p, _: kl(p, mix(p, q, 0.1))),
     "skew_reverse_kl": (d.skew_reverse_kl, lambda q, p, _: kl(q, mix(q, p, 0.1))),
-    "tvd": (
-        d.tvd,
-        lambda q, p, _: math.fsum(abs(math.exp(a) - math.exp(b)) for a, b in zip(p, q)) / 2,
-    ),
+    "tvd": (d.tvd, tvd),
     "akl": (d.akl, akl),
     "dkd": (dkd, dkd_of_class_0),
 }

@@ -6,16 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_oracle import (
-    CASES,
-    DIVERGENCES,
-    assert_close,
-    log_probs,
-    ours,
-    randn,
-    two_sided,
-    value_and_gradient,
-)
 from torch.nn import functional as F
 
 from limbeck.losses.divergence import (
@@ -28,6 +18,16 @@ from limbeck.losses.divergence import (
     tvd,
 )
 from limbeck.losses.ranking import ranking
+from losses_oracle import (
+    CASES,
+    DIVERGENCES,
+    assert_close,
+    log_probs,
+    ours,
+    randn,
+    two_sided,
+    value_and_gradient,
+)
 
 each_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 
@@ -115,7 +115,8 @@ def test_a_temperature_per_position():
     student, teacher = two_sided("random")
     temperature = torch.linspace(1, 4, 8)
     together = forward_kl(student, teacher, temperature=temperature)
-    apart = [forward_kl(student[i], teacher[i], temperature=float(temperature[i])) for i in range(8)]
+    rows = zip(student, teacher, temperature.tolist(), strict=True)
+    apart = [forward_kl(s, t, temperature=one) for s, t, one in rows]
     torch.testing.assert_close(together, torch.stack(apart))
 
 

@@ -30,16 +30,17 @@ def cka(
     x, y = _centred(x), _centred(y)
     hsic = _unbiased_hsic if debiased else _biased_hsic
     with without_autocast(x):
-        floor = torch.finfo(x.dtype).tiny
-        # two roots: the product of the two would overflow or vanish first
-        length = hsic(x, x).clamp_min(floor).sqrt() * hsic(y, y).clamp_min(floor).sqrt()
-        return hsic(x, y) / length
+        # of features of norm 1 it is at least 1 / D, or 0 where they are constant
+        length_x, length_y = (hsic(z, z).clamp_min(1e-12).sqrt() for z in (x, y))
+        return hsic(x, y) / (length_x * length_y)
 
 
 def _centred(x: Tensor) -> Tensor:
     """Centred and of Frobenius norm 1, to which CKA is indifferent and fp32 is not."""
-    x = x - x.mean(0)
-    return unit(x.flatten()).view_as(x)
+    centred = x - x.sum(0) / max(len(x), 1)
+    # 1e-6: some tens of fp32's roundings; what they leave of a constant would be blown up to 1
+    constant = centred.detach().norm() <= 1e-6 * x.detach().norm()
+    return unit(centred.masked_fill(constant, 0).flatten()).view_as(x)
 
 
 def _biased_hsic(x: Tensor, y: Tensor) -> Tensor:

@@ -88,6 +88,13 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
+def _shifted(logits: Tensor, temperature: float) -> Tensor:
+    """(logits - max) / temperature, always a new tensor: near 1e4 a logsumexp is wrong by 1e-3."""
+    logits = at_least_fp32(logits)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted if temperature == 1 else shifted.div_(temperature)
+
+
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(softmax, logsumexp as a column), with one exponential per element; 0 and NEVER if empty."""
     top = logits.amax(-1, keepdim=True)
@@ -102,9 +109,9 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _outside(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The softmax over the classes outside `ids` (n, V), its logsumexp (n, 1), logits of `ids`."""
-    scaled = tempered(logits, temperature)
+    scaled = _shifted(logits, temperature)
     inside = scaled.gather(-1, ids)
-    probs, log_sum = _softmax(scaled.scatter(-1, ids, -torch.inf))
+    probs, log_sum = _softmax(scaled.scatter_(-1, ids, -torch.inf))
     return probs, log_sum, inside
 
 
@@ -152,7 +159,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         parts, kept = [], None
         for rows in _chunks(logits):
-            scaled = tempered(logits[rows], temperature)
+            scaled = _shifted(logits[rows], temperature)
             probs, log_sum = _softmax(scaled)
             log_q = (scaled.gather(-1, ids[rows]) - log_sum).clamp_min(NEVER)
             parts.append(-(weights[rows] * log_q).sum(-1))
