@@ -26,7 +26,7 @@ _FFN_STEP = 64  # a multiple that every runtime's kernels like
 _BYTES = {"hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4)}  # of (matrices, the rest)
 _OVERHEAD = {"hf": 740_000, "onnx-fp32": 250_000, "onnx-int8": 250_000}  # graph or tokenizer
 _OVERHEAD_PER_LAYER = {"hf": 2_000, "onnx-fp32": 20_000, "onnx-int8": 45_000}
-_ROUNDS = 3  # of measuring the choice and choosing again
+_ROUNDS = 6  # of measuring the choice and choosing again
 _MARGIN = 0.92  # of a latency budget that the choice may use: machines are noisy
 
 
@@ -220,9 +220,10 @@ def _choose(
         if best.key in model.measured:
             return best
         model.measure(best)
-    best = next((c for c in fits if model.predict(c) <= limit * _MARGIN), None)
-    if best is not None:
-        return best
+    # This machine is not as modelled: of what was measured, then, not of what is predicted.
+    seen = [c for c in fits if c.key in model.measured and model.predict(c) <= limit * _MARGIN]
+    if seen:
+        return seen[0]
     fastest = min(fits, key=model.predict)
     if model.measure(fastest) <= limit * _MARGIN:
         return fastest
