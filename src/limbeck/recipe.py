@@ -6,17 +6,21 @@ No import of torch: `limbeck --help` and a misspelt setting answer at once.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     StringConstraints,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from limbeck.errors import RecipeError
 
@@ -54,6 +58,15 @@ class Source(Spec):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"uri": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        text = {"type": "string", "minLength": 1, "description": schema.pop("description")}
+        text["description"] += " " + schema["properties"]["uri"]["description"]
+        return {"anyOf": [text, {**schema}]}
 
 
 class TaskSpec(Spec):
@@ -214,13 +227,21 @@ class Recipe(Spec):
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     task: TaskSpec
+    """What the models do."""
     data: DataSpec
+    """What they learn it from, and what they are measured on."""
     teacher: TeacherSpec
+    """The model that you have."""
     distill: DistillSpec
+    """How students are taught."""
     students: tuple[StudentSpec, ...] = Field(min_length=1)
+    """The models that you need, each by what it may cost."""
     evidence: EvidenceSpec = EvidenceSpec()
+    """What the students are held against."""
     export: ExportSpec = ExportSpec()
+    """The files that are written."""
     measure: MeasureSpec = MeasureSpec()
+    """How these files are measured."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -237,6 +258,12 @@ class Recipe(Spec):
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"
             )
         return self
+
+    @classmethod
+    def schema_json(cls, **_: Any) -> str:
+        """The JSON Schema of a recipe's YAML, as published in `docs/`: editors complete by it."""
+        draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        return json.dumps(draft | cls.model_json_schema(), indent=1, ensure_ascii=False)
 
     def training_of(self, student: StudentSpec) -> TrainingSpec:
         """`distill.training` with the student's own settings in place."""
