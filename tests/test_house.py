@@ -10,7 +10,7 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
-    {"recipe", "types", "progress", "_startup"},
+    {"recipe", "types", "progress", "_startup", "cores"},
     {"recipe_file"},
     {"run"},
     {"models", "sources", "cache", "archives", "losses"},

@@ -82,15 +82,14 @@ def predict(
     order = np.argsort([len(ids) for ids in examples], kind="stable")
     size = 1 if format == "onnx-int8" else batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    # ONNX Runtime gains more from whole calls side by side than from threads inside a small one.
-    together = 1 if format == "hf" else threads
-    model = load_predictor(path, format, threads=threads // together)
+    # Whole calls side by side gain more than threads inside a small one: see `cores`.
+    model = load_predictor(path, format, threads=1)
 
     def run(batch: np.ndarray) -> np.ndarray:
         return model(*_padded([examples[i] for i in batch], pad_id))
 
     done: list[np.ndarray] = []
-    with ThreadPoolExecutor(together) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for rows in pool.map(run, batches):
                 done.append(rows)

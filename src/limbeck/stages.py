@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from limbeck.architecture.importance import importance, load_importance
 from limbeck.architecture.plan import Candidate, LatencyModel, candidates, plan_student
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
+from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.export.folder import save_folder
 from limbeck.export.onnx import export_onnx, quantize_int8
@@ -35,7 +35,6 @@ from limbeck.models import (
     build_classifier,
     head_labels,
     load_classifier,
-    no_dropout,
     num_parameters,
 )
 from limbeck.objective import Objective
@@ -48,14 +47,13 @@ from limbeck.tasks.text_classification import TextClassification
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.train import Training, train
-from limbeck.types import Cost, Shape, StudentPlan, Teacher
+from limbeck.types import Batch, Cost, Shape, StudentPlan, Teacher
 
 Start = Literal["prefix", "random"]
-_IMPORTANCE_ROWS = 320  # training rows that units and layers are scored on
+_IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 _VALIDATION_ROWS = 384  # for the curves; drawn at random, the same for all
 
 keep_memory()
-torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
@@ -65,7 +63,6 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
     if recipe.teacher.tune is None:
         _require_head(model, task.labels)
     classifier = load_classifier(model, task.labels, where="recipe.teacher.model")
-    no_dropout(classifier)
     if recipe.teacher.tune is not None:
         training = Training(
             rows=task.rows("train"),
@@ -176,7 +173,8 @@ def time_shape(recipe: Recipe, config: Any, axes: Sequence[Any], shape: Shape) -
         folder = Path(name)
         if recipe.export.primary == "hf":
             model.save_pretrained(folder)  # type: ignore[operator]
-        path = _write_onnx(model, folder, recipe, {recipe.export.primary})[recipe.export.primary]
+        formats: set[str] = {recipe.export.primary}
+        path = _write_onnx(model, folder, recipe, formats, draft=True)[recipe.export.primary]
         timing = runtime.time_artifact(
             path, recipe.export.primary, max_tokens=recipe.task.max_tokens,
             vocab_size=config.vocab_size, threads=recipe.measure.threads,
@@ -221,7 +219,6 @@ def distil(
         title=f"{student.name}{what}",
         validate=_validator(task, recipe.seed),
     )
-    no_dropout(model)
     train(model, training, folder, progress)
     _save(model, recipe, teacher, folder, task)
 
@@ -257,19 +254,25 @@ def _student(
     return build_student(model.config, build_classifier, axes, shape, state)
 
 
-def export(folder: Path, recipe: Recipe, model: Path, data: Path, formats: Sequence[str]) -> None:
+def export(
+    folder: Path, recipe: Recipe, model: Path, data: Path, formats: Sequence[str], *,
+    draft: bool = False,
+) -> None:  # fmt: skip
+    """The files that are shipped; as a draft those of a baseline, which is only asked questions."""
     task = TextClassification(data)
     classifier = load_classifier(model, task.labels, where=str(model)).eval()
-    _write_onnx(classifier, folder, recipe, set(formats))
+    _write_onnx(classifier, folder, recipe, set(formats), draft=draft)
 
 
 def _write_onnx(
-    model: nn.Module, folder: Path, recipe: Recipe, formats: set[str]
+    model: nn.Module, folder: Path, recipe: Recipe, formats: set[str], *, draft: bool
 ) -> dict[str, Path]:
     paths = {"hf": folder}
     if formats & {"onnx-fp32", "onnx-int8"}:
         paths["onnx-fp32"] = folder / "model-fp32.onnx"
-        export_onnx(model, paths["onnx-fp32"], max_tokens=recipe.task.max_tokens)
+        export_onnx(
+            model, paths["onnx-fp32"], max_tokens=recipe.task.max_tokens, draft=draft
+        )
     if "onnx-int8" in formats:
         paths["onnx-int8"] = folder / "model-int8.onnx"
         quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
@@ -281,12 +284,12 @@ def _write_onnx(
 def _validator(task: TextClassification, seed: int) -> Any:
     rows = task.rows("validation").sample(_VALIDATION_ROWS, seed=seed)
 
-    @torch.inference_mode()
     def validate(model: nn.Module) -> float:
-        right = 0
-        for batch in rows.batches(64):
-            right += int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
-        return right / len(rows)
+        @torch.inference_mode()
+        def right(batch: Batch) -> int:
+            return int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
+
+        return sum(on_each(right, rows.batches(32))) / len(rows)
 
     return validate
 

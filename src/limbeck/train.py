@@ -1,8 +1,8 @@
 """The one training loop: a model, rows, a teacher that may be stored, an objective.
 
 Batch, teacher signal, student signal, terms, total, backward, clip, step, schedule, log, save.
-Everything random follows from the seed and the step, so a run that was killed continues from its
-last checkpoint to the same weights.
+The order of the rows follows from the seed alone, and there is no dropout, so a run that was killed
+continues from its last checkpoint to the same weights.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limbeck.errors import DamagedError
+from limbeck.cores import on_each, shares
+from limbeck.errors import DamagedError, RecipeError
+from limbeck.models import no_dropout
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, replaced, write_json
 from limbeck.tasks.text_classification import Rows, order
-from limbeck.types import Signal, Teacher
+from limbeck.types import Batch, LossTerm, Signal, Teacher
 
 _LOG_EVERY = 10  # steps
 _SAVE_EVERY = 20.0  # seconds; what a kill can cost at most
@@ -58,11 +61,19 @@ class Training:
             found += order(n, seed=self.seed, epoch=epoch)[offset : offset + take].tolist()
         return found
 
+    def batches(self, step: int) -> list[Batch]:
+        """The step's rows in shares that are worked on side by side."""
+        at = self.positions(step)
+        return [self.rows.batch(at[s.start : s.stop]) for s in shares(len(at))]
+
 
 def train(model: nn.Module, training: Training, folder: Path, progress: Progress) -> None:
     """Train `model` in place; checkpoints and the log lie in `folder`, the former only meanwhile.
 
-    Raises DamagedError if a checkpoint lost its checksum, FloatingPointError if the loss does.
+    Dropout is switched off: a few epochs have little to gain from it, its random numbers are slow
+    on a CPU, and threads that draw them side by side would not draw the same twice.
+
+    Raises DamagedError if a checkpoint lost its checksum, RecipeError if the loss is not finite.
     """
     spec, objective = training.spec, training.objective
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,19 +82,17 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     checkpoint = _Checkpoint(folder, trainable, optimizer)
     first = checkpoint.load()
     log.rewind(first)
+    no_dropout(model)
     model.train()
     saved = shown = time.monotonic()
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
-            torch.manual_seed(hash((training.seed, step)) % 2**63)  # dropout, if there is any
-            batch = training.rows.batch(training.positions(step))
-            count = objective.count([batch])
-            target = training.teacher.signal(batch, objective.needs)
-            output = Signal(logits=model(**batch.inputs).logits)
-            terms = objective.terms(output, target, batch)
-            loss = objective.total(terms, count)
-            loss.backward()
+            batches = training.batches(step)
+            count = objective.count(batches)
+            backward = partial(_backward, model, list(trainable.values()), training, count)
+            gradients, terms = zip(*on_each(backward, batches), strict=True)
+            _add_up(trainable.values(), gradients)
             torch.nn.utils.clip_grad_norm_(trainable.values(), spec.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, training.steps, spec)
@@ -92,15 +101,8 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
             bar.advance(1)
             done = step + 1
             if done % _LOG_EVERY == 0 or done in quarters:
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{training.title}: the loss is {value} at step {done}; "
-                        f"try a smaller learning_rate than {spec.learning_rate}"
-                    )
+                point = _point(training, done, terms, int(count))
                 now = time.monotonic()
-                point: dict[str, float] = {"step": done, "loss": value}
-                point |= {k: t.total.item() / int(count) for k, t in terms.items()}
                 point["examples_per_s"] = round(_LOG_EVERY * spec.batch_size / (now - shown), 1)
                 if done in quarters and training.validate is not None:
                     model.eval()
@@ -113,6 +115,41 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
                 saved = time.monotonic()
     model.eval()
     checkpoint.remove()
+
+
+def _backward(
+    model: nn.Module, parameters: list[Tensor], training: Training, count: Tensor, batch: Batch
+) -> tuple[tuple[Tensor | None, ...], dict[str, LossTerm]]:
+    """One share of a step: gradients of its part of the mean, and the terms it is made of."""
+    objective = training.objective
+    target = training.teacher.signal(batch, objective.needs)
+    output = Signal(logits=model(**batch.inputs).logits)
+    terms = objective.terms(output, target, batch)
+    loss = objective.total(terms, count)
+    return torch.autograd.grad(loss, parameters, allow_unused=True), terms
+
+
+def _add_up(parameters: Iterable[Tensor], shares: Sequence[Sequence[Tensor | None]]) -> None:
+    """Sums in the order of the shares, so that the same step gives the same bytes."""
+    for parameter, *parts in zip(parameters, *shares, strict=True):
+        if parts[0] is not None:
+            # never in place, and a copy where there is one share: autograd may hand out one tensor
+            # as the gradient of two parameters
+            parameter.grad = reduce(torch.add, parts) if len(parts) > 1 else parts[0].clone()
+
+
+def _point(
+    training: Training, step: int, shares: Sequence[Mapping[str, LossTerm]], count: int
+) -> dict[str, float]:
+    """A line of the log: the loss and each of its terms, means over the step."""
+    terms = {name: sum(s[name].total.item() for s in shares) / count for name in shares[0]}
+    loss = sum(terms.values())
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"{training.title}, step {step}", f"the loss is {loss}",
+            fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
+        )  # fmt: skip
+    return {"step": step, "loss": loss, **terms}
 
 
 def _schedule(step: int, steps: int, spec: TrainingSpec) -> float:

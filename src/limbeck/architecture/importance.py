@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from limbeck.architecture.axes import Axis, Member, find_axis
 from limbeck.architecture.proof import skipped
+from limbeck.cores import on_each
 from limbeck.losses.divergence import cross_entropy
-from limbeck.progress import Progress
+from limbeck.progress import Bar, Progress
 from limbeck.run import replaced
 from limbeck.types import Batch
 
@@ -46,28 +48,23 @@ def load_importance(path: Path) -> Importance:
 def importance(
     model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress
 ) -> Importance:
-    """Scores on these batches. The model's gradients are cleared; its weights are untouched."""
+    """Scores on these batches. Neither the model's weights nor their gradients are touched."""
     model.eval()
     layers = find_axis(axes, "layers")
-    steps = len(batches) * (2 + (layers.size if layers else 0))
+    steps = len(batches) * (3 + (1 + layers.size if layers else 0))
     with progress.bar("importance", steps, "passes") as bar:
         units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
-        for batch in batches:
-            model.zero_grad(set_to_none=True)  # per batch: running sums are not scores
-            _loss(model, batch).backward()
-            _add_taylor(units, model, axes)
-            bar.advance(2)
-        model.zero_grad(set_to_none=True)
+        parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
+        for gradients in on_each(partial(_gradients, model, parameters), batches):
+            _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
+            bar.advance(3)
         units = {name: score / len(batches) for name, score in units.items()}
         rises = []
         if layers is not None:
-            with torch.inference_mode():
-                plain = sum(_loss(model, batch).item() for batch in batches)
-                for i in range(layers.size):
-                    with skipped(model, layers.pattern.format(i)):
-                        total = sum(_loss(model, batch).item() for batch in batches)
-                    rises.append((total - plain) / len(batches))
-                    bar.advance(len(batches))
+            plain = _total_loss(model, batches, bar)
+            for i in range(layers.size):
+                with skipped(model, layers.pattern.format(i)):
+                    rises.append((_total_loss(model, batches, bar) - plain) / len(batches))
     return Importance(units, torch.tensor(rises))
 
 
@@ -75,16 +72,38 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(model(**batch.inputs).logits, batch.labels).mean()
 
 
-def _add_taylor(units: dict[str, Tensor], model: nn.Module, axes: Sequence[Axis]) -> None:
-    parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
+def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:
+    @torch.inference_mode()
+    def loss(batch: Batch) -> float:
+        return _loss(model, batch).item()
+
+    total = 0.0
+    for value in on_each(loss, batches):
+        total += value
+        bar.advance(1)
+    return total
+
+
+def _gradients(
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch
+) -> dict[str, Tensor | None]:
+    loss = _loss(model, batch)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _add_taylor(
+    units: dict[str, Tensor], parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None], axes: Sequence[Axis],
+) -> None:  # fmt: skip
     for axis in axes:
         for group in axis.groups:
             total = torch.zeros(group.units)
             for member in group.members:
-                parameter = parameters.get(member.parameter)
-                if parameter is None or parameter.grad is None:
+                gradient = gradients.get(member.parameter)
+                if gradient is None:
                     continue
-                product = (parameter.detach() * parameter.grad).movedim(member.dim, 0)
+                product = (parameters[member.parameter].detach() * gradient).movedim(member.dim, 0)
                 total += _per_unit(product.flatten(1).sum(1) if product.dim() > 1 else product,
                                    member, group.units)  # fmt: skip
             units[group.name] += total.square()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from limbeck.cores import on_each
 from limbeck.errors import DataError
 from limbeck.progress import Progress
 from limbeck.signals.store import Writer
 from limbeck.types import Batch, Need, Teacher
 
 _SHARD = 1024  # rows; what a kill can cost at most
-_BATCH = 64
+_BATCH = 32
 
 
 class Rows(Protocol):
@@ -37,12 +40,18 @@ def capture(
     writer = Writer(folder, made_from)
     with progress.bar("capture", len(rows), "examples", done=writer.rows) as bar:
         for start in range(writer.rows, len(rows), _SHARD):
+            end = min(start + _SHARD, len(rows))
+            batches = (range(at, min(at + _BATCH, end)) for at in range(start, end, _BATCH))
             ids, logits = [], []
-            for at in range(start, min(start + _SHARD, len(rows)), _BATCH):
-                batch = rows.batch(range(at, min(at + _BATCH, start + _SHARD, len(rows))))
-                found = teacher.signal(batch, frozenset({Need.LOGITS})).logits
-                assert found is not None
-                ids.append(batch.example_ids)
+            for example_ids, found in on_each(partial(_ask, teacher, rows), batches):
+                ids.append(example_ids)
                 logits.append(found)
-                bar.advance(len(batch.example_ids))
+                bar.advance(len(example_ids))
             writer.append(torch.cat(ids), torch.cat(logits))
+
+
+def _ask(teacher: Teacher, rows: Rows, positions: range) -> tuple[Tensor, Tensor]:
+    batch = rows.batch(positions)
+    logits = teacher.signal(batch, frozenset({Need.LOGITS})).logits
+    assert logits is not None
+    return batch.example_ids, logits

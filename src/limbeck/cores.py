@@ -1,0 +1,62 @@
+"""Work on a CPU's cores: each thread has a share of the examples and computes on one core.
+
+Threads inside each small op wait for each other hundreds of times a step. With libgomp's spinning
+off (see `_startup`) each wait is a sleep, and the kernel likes to wake the sleeper on the core of
+whoever woke it: MiniLM's training step took 0.8 to 1.1 s so on two cores, 0.63 s in two shares.
+`benchmarks/startup.py` has the figures. Importing this module therefore leaves torch one thread of
+its own. Results do not depend on how many shares are worked on at a time, only on the cutting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_LEAST = 8  # examples in a share: with fewer the matrices are too narrow to be multiplied fast
+
+torch.set_num_threads(1)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def shares(num_examples: int) -> list[range]:
+    """The examples of a batch in contiguous shares of like size, at most one for each core."""
+    count = max(1, min(cores(), num_examples // _LEAST))
+    ends = [num_examples * i // count for i in range(count + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def on_each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """`function` of every item, as many at a time as there are cores; results in order.
+
+    Items are taken from their iterator a little ahead of the results. An exception is raised here
+    and ends the rest.
+    """
+    waiting: list = []
+    pool = _pool()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > cores():
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="core")

@@ -1,0 +1,113 @@
+"""Shares of a batch, worked on side by side: nothing is lost, and the sum is the same."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limbeck import cores, train
+from limbeck.objective import Objective
+from limbeck.recipe import TrainingSpec
+from limbeck.types import Signal
+from tiny_models import bert_config, random_model
+
+
+@given(st.integers(1, 300))
+def test_shares_are_the_batch_in_order_and_of_like_size(n):
+    found = cores.shares(n)
+    assert [i for share in found for i in share] == list(range(n))
+    sizes = [len(share) for share in found]
+    assert max(sizes) - min(sizes) <= 1
+    assert len(found) <= max(1, cores.cores())
+
+
+def test_results_come_in_order_and_an_error_is_raised_here():
+    assert list(cores.on_each(lambda i: i * i, range(50))) == [i * i for i in range(50)]
+
+    def fail(i: int) -> int:
+        if i == 3:
+            raise ValueError("three")
+        return i
+
+    with pytest.raises(ValueError, match="three"):
+        list(cores.on_each(fail, range(50)))
+
+
+@pytest.mark.skipif(cores.cores() < 2, reason="one core")
+def test_work_is_done_side_by_side():
+    both = threading.Barrier(2, timeout=30)
+    assert sorted(cores.on_each(lambda _: both.wait(), range(2))) == [0, 1]
+
+
+class Rows:
+    """Twelve examples of unlike length; `batch` pads, as the task's does."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.tokens = [torch.randint(4, 90, (3 + i % 5,), generator=draw) for i in range(12)]
+
+    def __len__(self) -> int:
+        return 12
+
+    def batch(self, positions):
+        from limbeck.types import Batch
+
+        longest = max(len(self.tokens[i]) for i in positions)
+        ids = torch.zeros((len(positions), longest), dtype=torch.long)
+        for row, i in enumerate(positions):
+            ids[row, : len(self.tokens[i])] = self.tokens[i]
+        return Batch(
+            inputs={"input_ids": ids, "attention_mask": (ids > 0).long()},
+            labels=torch.tensor([i % 3 for i in positions]),
+            mask=torch.ones(len(positions), dtype=torch.bool),
+            example_ids=torch.tensor(list(positions)),
+        )
+
+
+class Teacher:
+    """A fixed opinion on each example."""
+
+    fingerprint, provides = "fixed", frozenset()
+
+    def signal(self, batch, needs):
+        return Signal(logits=torch.sin(batch.example_ids[:, None] * torch.arange(1.0, 6.0)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_step_does_not_depend_on_the_number_of_shares(tmp_path, monkeypatch, count):
+    from limbeck.progress import Silent
+
+    def cut(n: int) -> list[range]:
+        ends = [n * i // count for i in range(count + 1)]
+        return [range(a, b) for a, b in itertools.pairwise(ends)]
+
+    def trained(shares) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(train, "shares", shares)
+        model = random_model(bert_config())
+        training = train.Training(
+            rows=Rows(), teacher=Teacher(), seed=0, title="t",
+            objective=Objective(temperature=2, soft_weight=1, hard_weight=0.5),
+            spec=TrainingSpec(epochs=1, batch_size=12, learning_rate=0.5, warmup_fraction=0),
+        )  # fmt: skip
+        seen: dict[str, torch.Tensor] = {}
+        step = torch.optim.AdamW.step
+
+        def record(self, *a, **k):
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    seen[name] = parameter.grad.clone()
+            return step(self, *a, **k)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", record)
+        train.train(model, training, tmp_path, Silent())
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        return seen
+
+    whole, parts = trained(lambda n: [range(n)]), trained(cut)
+    assert whole.keys() == parts.keys()
+    far = max((whole[k] - parts[k]).abs().max() for k in whole)
+    assert far < 1e-6 * max(g.abs().max() for g in whole.values()) + 1e-7
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
