@@ -7,7 +7,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers import BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig
+from transformers import (
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    ViTConfig,
+)
 from transformers import ViTForImageClassification as Vit
 
 from conftest import contents
@@ -178,6 +184,32 @@ def causal(folder):
     save_tokenizer(folder)
 
 
+def no_padding(folder):
+    shutil.rmtree(folder)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=40)
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def strangers_code(folder):
+    """Would write PWNED beside itself if anybody ran it."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(folder / 'PWNED')!r}, 'w')\nclass Own: ...\n")
+
+
+def strangers_tokenizer(folder):
+    strangers_code(folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "bert"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").unlink()
+
+
 def no_text(folder):
     shutil.rmtree(folder)
     config = ViTConfig(
@@ -211,6 +243,9 @@ def no_head(folder):
         (no_tokenizer, "holds no tokenizer"),
         (other_tokenizer, "its model has 50 embeddings"),
         (causal, "a GPT2LMHeadModel, which continues text"),
+        (no_padding, "names no padding token"),
+        (strangers_code, "config.json does not load"),
+        (strangers_tokenizer, "tokenizer"),
         (no_text, "of type 'vit'"),
         (other_labels, "has labels class 0, class 1, spam"),
         (no_head, "has no classification head"),
@@ -224,6 +259,7 @@ def test_a_teacher_that_does_not_fit(distil, tiny, tmp_path, harm, words):
     assert message.startswith("limbeck: recipe.teacher.model: ")
     assert words in message
     assert not list((tmp_path / "out").rglob("*.safetensors")), "nothing was trained"
+    assert not (folder / "PWNED").exists()
 
 
 def test_a_teacher_that_is_no_folder_or_too_short_for_the_texts(distil):

@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_what_was_finished_and_the_next_run_goes_on(
     with pytest.MonkeyPatch.context() as monkeypatch:
         fill(monkeypatch)
         message = distil(out=run)
-        assert str(run) in message and "the disk is full; allowed: " in message
+        assert str(run) in message and "the disk is full: " in message
         assert "run the same command again" in message
     assert kept == {path: path.read_bytes() for path in run.rglob("stage.json")}
     assert not [*run.rglob("*.part")]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from limbeck.errors import LimbeckError, RecipeError, RunFolderError
-from limbeck.recipe_file import built_in_recipes, dump_recipe, load_recipe, validate
+from limbeck.recipe_file import built_in_recipes, dump_recipe, load_recipe, rebase, validate
 from limbeck.run import open_run
 
 
@@ -64,6 +64,21 @@ def test_set_changes_one_setting_by_name_and_refuses_unknown():
     assert recipe.seed == 7
     with pytest.raises(RecipeError, match="no entry 'tiny'"):
         load_recipe("quickstart", ["students.tiny.budget.size_mb=3"])
+
+
+def test_hf_is_always_written_and_a_relative_path_starts_at_the_recipe(tmp_path):
+    recipe = validate(quickstart() | {"export": {"formats": ["onnx-int8"]}})
+    assert recipe.export.formats == ("hf", "onnx-int8")
+    (tmp_path / "here.csv").write_text("")
+    data = quickstart()
+    data["data"] |= {"train": "here.csv", "test": "not/there.csv"}
+    data["teacher"]["model"] = "org/name"
+    moved = rebase(validate(data), tmp_path)
+    assert moved.data.train.uri == str(tmp_path / "here.csv")
+    assert moved.data.test.uri == str(tmp_path / "not/there.csv")
+    assert moved.teacher.model.uri == "org/name", "may be a hub id"
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert rebase(validate(data), tmp_path).teacher.model.uri == str(tmp_path / "org/name")
 
 
 class Meter:

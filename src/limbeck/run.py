@@ -291,8 +291,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if _is_full(error, folder):
             raise RunFolderError(
-                str(getattr(error, "filename", None) or folder), "the disk is full",
-                allowed=f"{_free_bytes(folder):,} bytes are free in {folder}",
+                str(getattr(error, "filename", None) or folder),
+                f"the disk is full: {_free_bytes(folder):,} bytes are free",
+                allowed="room for the rest of the run",
                 fix="free some space and run the same command again: it goes on where it stopped",
             ) from error  # fmt: skip
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
