@@ -10,8 +10,9 @@ TV          total variation between teacher and decoded targets (top-k: the tail
 KL          KL(teacher || decoded), where that is defined: nats
 rms error   of one position's gradient towards the student's logits, as a share of that gradient
 bias        length of the mean error over draws, corrected for the noise of that mean, as a share
-score       that bias in standard errors: all coordinates at once, over positions (see `bias_of`).
-            Within 3: no bias was found. Top-k has no noise: any bias is infinitely many.
+score       that bias in standard errors: all coordinates and positions at once (see `bias_of`).
+            Within 3: none was found. Without noise (inf) all of the error is bias; that of fp16
+            is its rounding.
 
 Top-k's gradient is shown as three losses see it: the tail dropped, the kept renormalised to sum
 to 1 (what most projects do), and the tail as one more class, of which the student has the mass of
@@ -91,50 +92,52 @@ class Row:
 
 
 class Gradients:
-    """Errors of estimated gradients s * sum(w) - w against the dense s - p, in float64.
-
-    Squares are summed over a draw's own ids; only the sum over draws is ever as wide as V.
-    """
+    """Errors of estimated gradients s * sum(w) - w against the dense s - p, in float64."""
 
     def __init__(self, p: Tensor, s: Tensor) -> None:
         self.p, self.s = p, s  # (P, V)
         self.pp, self.sp, self.ss = (p * p).sum(-1), (s * p).sum(-1), (s * s).sum(-1)
-        self.dense = self.ss - 2 * self.sp + self.pp  # (P,) squared length
+        self.dense = float((self.ss - 2 * self.sp + self.pp).mean())  # squared length
 
-    def squares(self, ids: Tensor, w: Tensor) -> Tensor:
-        """(P, K), (P, K) -> (P,) squared length of the error."""
-        off = w.sum(-1) - 1
-        sw, pw = (self.s.gather(1, ids) * w).sum(-1), (self.p.gather(1, ids) * w).sum(-1)
-        return off**2 * self.ss - 2 * off * (sw - self.sp) + (w * w).sum(-1) - 2 * pw + self.pp
+    def share(self, w: Tensor) -> float:
+        """Weights of every id (P, V) -> length of the error as a share of the gradient's."""
+        error = self.s * (w.sum(-1, keepdim=True) - 1) - (w - self.p)
+        return math.sqrt(float(error.square().sum(-1).mean()) / self.dense)
 
-    def of(self, w: Tensor) -> Tensor:
-        """Weights of every id, (P, V) -> (P,) squared length of the error."""
-        return (self.s * (w.sum(-1, keepdim=True) - 1) - (w - self.p)).square().sum(-1)
+    def products(self, row: int, ids: Tensor, w: Tensor) -> Tensor:
+        """Errors of D draws for one position, each with each: (D, K), (D, K) -> (D, D).
+
+        Multiplied out, so that only the ids that were drawn are ever laid side by side.
+        """
+        several, column = ids.unique(return_inverse=True)
+        compact = torch.zeros(len(ids), len(several), dtype=w.dtype).scatter_add_(1, column, w)
+        off = w.sum(-1) - 1  # (D,)
+        ws = compact @ self.s[row, several] - self.sp[row]
+        wp = compact @ self.p[row, several]
+        cross = off.outer(ws) + wp
+        return compact @ compact.T + off.outer(off) * self.ss[row] - cross - cross.T + self.pp[row]
 
 
-def bias_of(
-    draw: Callable[[int], SparseTargets], gradients: Gradients, num_draws: int
-) -> tuple[float, float, float]:
-    """Rms error of one draw, bias (both as shares of the dense gradient), and the bias' score.
+def bias_of(targets: list[SparseTargets], gradients: Gradients) -> tuple[float, float, float]:
+    """Rms error of a draw, bias (both as shares of the dense gradient), and the bias' score.
 
-    With e the error of a draw, the mean of e . e' over pairs of different draws of a position has
-    the squared bias as its expectation. As a share of the mean e . e, it is averaged over
-    positions, which are independent: the score is that average over its standard error.
+    With e the error of a draw, the mean of e . e' over pairs of different draws has the squared
+    bias as its expectation, and without bias the variance 2 tr(Cov(e)^2) / (D (D - 1)), where the
+    trace is the mean of (e . e')^2. Both are summed over positions: all coordinates at once.
     """
-    squares, total = torch.zeros_like(gradients.pp), torch.zeros_like(gradients.p)
-    for seed in range(num_draws):
-        targets = draw(seed)
-        w = targets.probs.double()
-        squares += gradients.squares(targets.ids, w)
-        total.scatter_add_(1, targets.ids, w)
-    # the error is linear in w, so the sum of errors is D times the error of the mean weights
-    pairs = num_draws**2 * gradients.of(total / num_draws) - squares
-    squared_bias = pairs / (num_draws * (num_draws - 1))
-    share = squared_bias / (squares / num_draws)
-    score = share.mean() / (share.std() / math.sqrt(len(share)))
-    dense = gradients.dense.mean()
-    bias = max(float(squared_bias.mean()), 0.0) / dense
-    return math.sqrt(squares.mean() / num_draws / dense), math.sqrt(bias), float(score)
+    ids = torch.stack([t.ids for t in targets], 1)  # (P, D, K)
+    weights = torch.stack([t.probs for t in targets], 1).double()
+    num_pairs = len(targets) * (len(targets) - 1)
+    squared_error = squared_bias = variance = 0.0
+    for row in range(len(ids)):
+        products = gradients.products(row, ids[row], weights[row])
+        squared_error += float(products.diagonal().mean())
+        products.fill_diagonal_(0)
+        squared_bias += float(products.sum()) / num_pairs
+        variance += 2 * float(products.square().sum()) / num_pairs**2
+    scale = len(ids) * gradients.dense
+    rms, bias = math.sqrt(squared_error / scale), math.sqrt(max(squared_bias, 0) / scale)
+    return rms, bias, squared_bias / math.sqrt(variance)
 
 
 def topk_weights(targets: SparseTargets, p: Tensor, s: Tensor) -> dict[str, Tensor]:
@@ -169,15 +172,14 @@ def measured(
     )  # fmt: skip
     if isinstance(targets, DenseTargets):
         decoded = targets.logits.double().softmax(-1)
-        error = math.sqrt(gradients.of(decoded).mean() / gradients.dense.mean())
+        error = gradients.share(decoded)
         row = replace(row, **distances(p, decoded), rms_error=error, bias=error, score=math.inf)
         return [replace(row, codec="dense fp16")]
     weights = torch.zeros_like(p).scatter_add_(1, targets.ids, targets.probs.double())
     if isinstance(codec, Sampled):
-        rms, bias, score = bias_of(
-            lambda seed: codec.decode(codec.encode(teacher, keys, seed), vocab_size),
-            gradients, num_draws,
-        )  # fmt: skip
+        seeds = range(num_draws)
+        drawn = [codec.decode(codec.encode(teacher, keys, i), vocab_size) for i in seeds]
+        rms, bias, score = bias_of(drawn, gradients)  # type: ignore[arg-type]
         variation = float((weights - p).abs().sum(-1).mean() / 2)
         row = replace(row, total_variation=variation, rms_error=rms, bias=bias, score=score)
         return [replace(row, codec=f"sampled {codec.n} {codec.draws}")]
@@ -185,7 +187,7 @@ def measured(
     row = replace(row, **distances(p, weights + rest * targets.tail.double().unsqueeze(-1)))
     rows = []
     for loss, w in topk_weights(targets, p, s).items():
-        error = math.sqrt(gradients.of(w).mean() / gradients.dense.mean())
+        error = gradients.share(w)
         name = f"topk {codec.k} {loss}"
         rows.append(replace(row, codec=name, rms_error=error, bias=error, score=math.inf))
     return rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from limbeck.errors import DataError, RecipeError
-from limbeck.signals import blocks
+from limbeck.signals import blocks, sampled
 from limbeck.signals.codecs import (
     CODECS,
     Dense,
@@ -272,16 +272,15 @@ def bias_score(targets, p, student, draws):
     """Standard errors between the mean estimated gradient (student's logits) and the dense one.
 
     All coordinates at once: with e the error of one draw, the mean of e . e' over pairs of
-    different draws of a position has the bias' squared length as its expectation. As a share of
-    the mean of e . e it is 0 without bias and 1 without variance. Positions are independent and
-    give the standard error. Targets: `draws` rows for each row of p.
+    different draws of a position has the bias' squared length as its expectation and, without
+    bias, the variance 2 tr(Cov(e)^2) / (D (D - 1)), whose trace is the mean of (e . e')^2.
+    Targets: `draws` rows for each row of p.
     """
     w = spread(targets, p.shape[1]).view(len(p), draws, -1)
     error = student.unsqueeze(1) * (w.sum(-1, keepdim=True) - 1) - (w - p.unsqueeze(1))
-    squares = error.square().sum((1, 2))  # (P,)
-    pairs = error.sum(1).square().sum(-1) - squares
-    share = pairs / ((draws - 1) * squares)
-    return float(share.mean() / (share.std() / len(p) ** 0.5))
+    products = error @ error.mT  # (P, D, D)
+    products.diagonal(dim1=1, dim2=2).zero_()
+    return float(products.sum() / (2 * products.square().sum()).sqrt())
 
 
 POSITIONS, DRAWS, VOCAB = 80, 100, 200
@@ -294,9 +293,13 @@ def many():
     return logits.repeat_interleave(DRAWS, 0), p, probabilities(teacher(POSITIONS, VOCAB, seed=4))
 
 
-@pytest.mark.parametrize("importance_temperature", [1.0, 0.7, 1.3])
-@pytest.mark.parametrize("draws", ["distinct", "systematic", "independent"])
-@pytest.mark.parametrize("n", [1, 12])
+KINDS = ("distinct", "systematic", "independent")
+
+
+@pytest.mark.parametrize(
+    ("n", "draws", "importance_temperature"),
+    [(1, "distinct", 1.0), *((12, draws, t) for draws in KINDS for t in (1.0, 0.7, 1.3))],
+)
 def test_the_sampled_gradient_is_the_dense_one_in_expectation(
     n, draws, importance_temperature, many
 ):
@@ -326,6 +329,22 @@ def test_the_same_check_finds_a_biased_target(codec, weights, many):
     targets = targets_of(codec, logits)
     object.__setattr__(targets, "probs", weights(targets))
     assert bias_score(targets, p, student, DRAWS) > 4
+
+
+@pytest.mark.parametrize("rounded", ["squares", "bfloat16"])
+def test_random_rounding_has_the_weight_as_its_mean(rounded):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(40, 1, generator=generator, dtype=torch.float64) ** 4
+    weights[:2] = torch.tensor([[0.0], [1.0]])
+    noise = (torch.arange(2**16) + 0.5) / 2**16  # every part of [0, 1) once: no chance is left
+    noise = noise.double().expand(40, -1)
+    if rounded == "squares":
+        found = (sampled._rounded_to_squares(weights, noise, 63).double() / 63).square()
+    else:
+        weights = weights.float().double()
+        found = sampled._rounded_to_bf16(weights.expand(-1, 2**16), noise).double()
+    assert (found.amax(1) <= 1).all()
+    torch.testing.assert_close(found.mean(1), weights[:, 0], rtol=2e-7, atol=2**-20)
 
 
 def test_each_id_is_drawn_as_often_as_it_should_be():
