@@ -191,7 +191,7 @@ def test_gradcheck():
 
     def total(h, w, b):
         head = Head(weight=w, bias=b, logit_scale=0.5, softcap=3.0)
-        return fused_loss(h, head, terms).total
+        return fused_loss(h, head, terms, retain=True).total
 
     assert torch.autograd.gradcheck(total, (hidden, weight, bias), fast_mode=True)
 
@@ -230,13 +230,15 @@ def test_autocast_changes_nothing_and_a_graph_may_be_walked_twice():
         terms = [Term(loss=loss, weight=WEIGHT)]
         plain = fused_loss(hidden, Head(weight=weight), terms).total
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = fused_loss(hidden, Head(weight=weight), terms).total
+            cast = fused_loss(hidden, Head(weight=weight), terms, retain=True).total
             logits = Head(weight=weight).logits(hidden)
         assert logits.dtype == torch.float32
         assert torch.equal(plain, cast)
         first, second = (torch.autograd.grad(cast, weight, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, second)
-        assert torch.equal(first, torch.autograd.grad(plain, weight)[0])
+        assert torch.equal(first, torch.autograd.grad(plain, weight, retain_graph=True)[0])
+        with pytest.raises(RuntimeError, match="retain=True"):
+            plain.backward()
 
 
 def test_a_weight_of_another_shape_is_refused():

@@ -124,13 +124,15 @@ def against_labels(labels: Tensor) -> Loss:
     return lambda logits, rows: cross_entropy(logits, labels[rows])
 
 
-def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term]) -> Fused:
+def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: bool = False) -> Fused:
     """Sum of the terms for hidden (P, D), with gradients for hidden, head weight and bias.
 
     Terms share the head's matmul. A position at which every weight is 0 is left out before the
     matmul: it costs nothing, its gradient is exactly zero, and NaN there does not spread. Memory:
-    some chunks of `CHUNK_BYTES` and a gradient like each input. Raises ValueError where a weight's
-    shape is not (P,); a second derivative is an error.
+    some chunks of `CHUNK_BYTES` and a gradient like each input, which the backward hands over
+    without a copy; `retain` copies it, for a graph that is walked more than once. Raises ValueError
+    where a weight's shape is not (P,), RuntimeError for a second walk without `retain` and for a
+    second derivative.
     """
     for term in terms:
         if term.weight.shape != hidden.shape[:1]:
@@ -138,88 +140,96 @@ def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term]) -> Fused:
                 f"weights {tuple(term.weight.shape)} must be one per position, hidden is "
                 f"{tuple(hidden.shape)}"
             )
-    bias = head.bias
-    wanted = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, head.weight, bias)
-    )
-    total, *values = _FusedLoss.apply(hidden, head.weight, bias, head, tuple(terms), wanted)
+    inputs = (hidden, head.weight, head.bias)
+    wanted = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
+    ]
+    run = _Run(head, tuple(terms), wanted, retain)
+    total, *values = _FusedLoss.apply(*inputs, run)
     return Fused(total=total, values=tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    head: Head
+    terms: tuple[Term, ...]
+    wanted: list[bool]  # gradients of hidden, weight, bias
+    retain: bool
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        terms: tuple[Term, ...],
-        wanted: tuple[bool, bool, bool],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run
     ) -> tuple[Tensor, ...]:
         with without_autocast(hidden):
-            grads, total, values = _run(hidden, weight, bias, head, terms, wanted)
-        ctx.save_for_backward(*grads)
+            ctx.gradients, total, values = _forward(hidden, weight, bias, run)
+        ctx.retain = run.retain
         ctx.mark_non_differentiable(*values)
         return (total, *values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [g if g is None else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None)
+        gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("fused_loss(..., retain=True) is needed to walk its graph twice")
+        if ctx.retain:
+            gradients = [g if g is None else g.clone() for g in gradients]
+        else:
+            ctx.gradients = None
+        return (*(g if g is None else g.mul_(grad_total) for g in gradients), None)
 
 
-def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    terms: tuple[Term, ...],
-    wanted: tuple[bool, bool, bool],
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run
 ) -> tuple[list[Tensor | None], Tensor, list[Tensor]]:
     """Gradients for (hidden, weight, bias) where wanted, the weighted sum, values per term."""
     w = at_least_fp32(weight)  # (V, D), once for all chunks
-    scale = head.logit_scale
-    weights = [at_least_fp32(term.weight.detach()) for term in terms]
-    values = [w.new_zeros(len(hidden)) for _ in terms]
+    b = None if bias is None else at_least_fp32(bias) * run.head.logit_scale
+    scale = run.head.logit_scale
+    weights = [at_least_fp32(term.weight.detach()) for term in run.terms]
+    values = [w.new_zeros(len(hidden)) for _ in run.terms]
     # sums over chunks are fp32, whatever the parameters are
-    sums = [
+    grad_hidden, grad_weight, grad_bias = sums = [
         torch.zeros_like(of, dtype=w.dtype) if of is not None and want else None
-        for of, want in zip((hidden, weight, bias), wanted, strict=True)
+        for of, want in zip((hidden, weight, bias), run.wanted, strict=True)
     ]
-    grad_hidden, grad_weight, grad_bias = sums
     total = w.new_zeros(())
     for rows in _chunks(weights, len(hidden), rows_per_chunk(len(w))):
         h = at_least_fp32(hidden[rows]) * scale  # (c, D)
-        linear = h @ w.T  # (c, V), never in bf16
-        if bias is not None:
-            linear += at_least_fp32(bias) * scale
-        linear.requires_grad_(any(wanted))
-        with torch.set_grad_enabled(any(wanted)):
-            logits = _capped(linear, head.softcap)
-            part = [term.loss(logits, rows) for term in terms]  # (c,) each
-            weighted = [(v * u[rows]).sum() for v, u in zip(part, weights, strict=True)]
-            chunk_total = torch.stack(weighted).sum()
-        total += chunk_total.detach()
+        chunk_total, part, g = _chunk(h, w, b, rows, weights, run)
+        total += chunk_total
         for value, v in zip(values, part, strict=True):
-            value[rows] = v.detach().to(value.dtype)
-        if not any(wanted):
-            continue
-        (g,) = torch.autograd.grad(chunk_total, linear)  # (c, V)
+            value[rows] = v.to(value.dtype)
         if grad_hidden is not None:
             grad_hidden[rows] = (g @ w) * scale
         if grad_weight is not None:
             grad_weight.addmm_(g.T, h)
         if grad_bias is not None:
             grad_bias.add_(g.sum(0), alpha=scale)
-    originals = (hidden, weight, bias)
-    grads = [
-        g.to(of.dtype) if g is not None and of is not None else None
-        for g, of in zip(sums, originals, strict=True)
+        del g  # before the next chunk is made
+    gradients = [
+        s.to(of.dtype) if s is not None and of is not None else None
+        for s, of in zip(sums, (hidden, weight, bias), strict=True)
     ]
-    return grads, total, values
+    return gradients, total, values
+
+
+def _chunk(
+    h: Tensor, w: Tensor, b: Tensor | None, rows: Rows, weights: Sequence[Tensor], run: _Run
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(c, D) -> the weighted sum, values per term (c,), the gradient for the logits (c, V)."""
+    linear = h @ w.T  # (c, V), never in bf16
+    if b is not None:
+        linear += b
+    with torch.set_grad_enabled(any(run.wanted)):
+        logits = _capped(linear.requires_grad_(any(run.wanted)), run.head.softcap)
+        part = [term.loss(logits, rows) for term in run.terms]  # (c,) each
+        weighted = [(v * u[rows]).sum() for v, u in zip(part, weights, strict=True)]
+        chunk_total = torch.stack(weighted).sum()
+        g = torch.autograd.grad(chunk_total, linear)[0] if any(run.wanted) else linear
+    return chunk_total.detach(), [v.detach() for v in part], g
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -27,7 +27,10 @@ def finite_log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Ten
 
     (..., C), and a number or one temperature per position (...) -> (..., C).
     """
-    return tempered(logits, temperature).log_softmax(-1).clamp_min(NEVER)
+    log_probs = tempered(logits, temperature).log_softmax(-1)
+    if log_probs.requires_grad:
+        return log_probs.clamp_min(NEVER)
+    return log_probs.clamp_min_(NEVER)
 
 
 def tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
