@@ -32,11 +32,11 @@ class Sampled:
       an id is drawn floor(n q) or ceil(n q) times. The least variance of whole counts.
     - distinct: n different ids, id j with probability pi_j = min(1, q_j / tau), sum(pi) = n,
       weight p_j / pi_j. Large probabilities are so stored as they are and only the tail is
-      sampled, systematically. This minimises sum_j Var(w_j) over all unbiased samples of n ids
-      (Cohen et al., "Efficient stream sampling for variance-optimal estimation of subset sums",
-      SIAM J. Comput. 2011, sec. 2), which is the variance of the gradient towards the student's
+      sampled, systematically. Before rounding this minimises sum_j Var(w_j) over all unbiased
+      samples of n ids (Szegedy and Thorup, "On the variance of subset sum estimation", ESA 2007;
+      Cohen et al., 0803.0473), which is the variance of the gradient towards the student's
       logits, s - w: at equal bytes a quarter of that of `independent` and 0.6 of `systematic`,
-      and a hundredth where the teacher is sure (benchmarks/signals.py).
+      and a hundredth where the teacher is sure (benchmarks/signals.py, a made-up teacher).
 
     Weights of the first two are counts in ceil(log2(n + 1)) bits, exact. Those of `distinct` have
     two bits more: squares (c / c_max)^2 with c rounded up or down at random, so that the mean is

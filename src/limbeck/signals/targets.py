@@ -30,7 +30,8 @@ class SparseTargets:
     gradient in expectation: s * sum(w) - w for the student's probabilities s. Their sum is 1 only
     in expectation, and a nonlinear use (entropy, reverse KL, top-1) is biased. `tail` is 0.
 
-    Empty slots have probability 0 and any id; other ids differ from each other.
+    Empty slots have probability 0 and any id; other ids differ, except that rounding may once in
+    some 10^7 positions draw an id twice: add up, never overwrite.
     """
 
     kind: Literal["kept", "sampled"]
