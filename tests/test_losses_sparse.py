@@ -214,3 +214,20 @@ def test_no_second_tensor_of_the_logits_size_but_the_gradient(kind, monkeypatch)
     # the gradient itself, made empty and filled in place
     assert backward.seen.count(64 * 100) == 1
     assert student.grad.isfinite().all()
+
+
+def test_what_only_the_student_rules_out_is_loud_finite_and_takes_no_gradient(chunks):
+    student, teacher = two_sided("random")
+    student[:, 0] = -torch.inf
+    ids = torch.arange(7).expand(8, -1)
+    probs, tail = teacher.softmax(-1), torch.zeros(8)
+    dense = ours(forward_kl, student, teacher)
+    found = ours(lambda s, _: sparse_divergence(forward_kl, s, ids, probs, tail), student, teacher)
+    expected = probs[:, 0].double() * 1e30
+    # the other classes share what is left of the teacher's mass: q (1 - p[0]) - p
+    q = student.double().softmax(-1)
+    gradient = q * (1 - probs[:, :1].double()) - probs.double()
+    gradient[:, 0] = 0
+    for values, grad in (dense, found):
+        assert_close(values, expected)
+        assert_close(grad, gradient)
