@@ -94,14 +94,16 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     with _terminal() as progress:
         plans = _api.plan(arguments.recipe, overrides=arguments.overrides, progress=progress)
-    rows = [["student", "parameters", "size MB", "latency ms", "shape", "why"]]
+    rows = [["student", "parameters", "size MB", "latency ms", "shape"]]
     for p in plans:
         latency = "" if p.cost.latency_ms is None else f"{p.cost.latency_ms:.2f}"
         shape = ", ".join(f"{k} {v}" for k, v in p.shape.sizes.items())
         shape += f", {len(p.shape.layers)} layers"
         size = f"{p.cost.size_bytes / 1e6:.2f}"
-        rows.append([p.name, f"{p.cost.params:,}", size, latency, shape, p.reason])
+        rows.append([p.name, f"{p.cost.params:,}", size, latency, shape])
     _table(rows)
+    for p in plans:
+        print(f"{p.name}: {p.reason}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

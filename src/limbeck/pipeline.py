@@ -236,7 +236,9 @@ class _Still:
         model = self.run.stage(f"{top}/hf", inputs, make)
         onnx = self.run.stage(
             f"{top}/onnx", [model.digest, primary, recipe.task.max_tokens],
-            lambda at: stages.export(at, recipe, model.folder, data.folder, (primary,)),
+            lambda at: stages.export(
+                at, recipe, model.folder, data.folder, (primary,), draft=True
+            ),
         )  # fmt: skip
         return self.run.stage(
             f"{top}/quality", [model.digest, onnx.digest, data.digest],

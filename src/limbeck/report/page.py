@@ -33,6 +33,7 @@ from limbeck.report.wording import (
     shape_text,
     smaller,
     summary,
+    timed_against,
     verdicts,
 )
 
@@ -108,10 +109,12 @@ def _verdicts(report: Report) -> str:
 
 
 def _family_words(report: Report) -> str:
-    main = report.teacher.main
-    said = f"Each against the teacher's {main.format} file: {bytes_text(main.size_bytes)}"
-    said += f", {latency_text(main.latency_ms)}" if main.latency_ms else ""
-    return said + f", on {main.device} with {main.threads} thread{'s' if main.threads > 1 else ''}."
+    main, timed = report.teacher.main, timed_against(report, report.students[0])
+    said = f"Quality and size against the teacher's {main.format} file"
+    said += f" ({quality_text(main.quality)}, {bytes_text(main.size_bytes)})"
+    if timed.latency_ms:
+        said += f", speed against its {timed.format} file ({latency_text(timed.latency_ms)})"
+    return said + f"; {main.device}, {main.threads} thread{'s' if main.threads > 1 else ''}."
 
 
 def _card(report: Report, index: int, student: StudentEntry) -> str:

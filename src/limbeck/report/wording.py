@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from limbeck.report.document import (
+    Artifact,
     BudgetKey,
     Latency,
     Quality,
@@ -81,22 +82,34 @@ def summary(report: Report) -> str:
     text = f"{subject} of {report.teacher.name} keep{'' if many else 's'} {span}"
     text += f" of its {percent(quality.value)} {report.metric}"
     smallest = min(students, key=lambda s: s.main.size_bytes)
-    gains = [g for g in (smaller(report, smallest), faster(report, smallest)) if g]
+    gains = []
+    if less := smaller(report, smallest):
+        gains.append(f"{less} than the teacher's {report.teacher.main.format} file")
+    if sooner := faster(report, smallest):
+        gains.append(f"{sooner} than its {timed_against(report, smallest).format} file")
     if gains:
         text += f"; {'the smallest' if many else 'it'} is {' and '.join(gains)}"
     return text + "."
 
 
 def smaller(report: Report, student: TeacherEntry) -> str | None:
-    """`4.1× smaller`: file against file, both in their primary format."""
+    """`4.1× smaller`: the student's primary file against the teacher's."""
     ours, theirs = student.main.size_bytes, report.teacher.main.size_bytes
     return _times(theirs, ours, "smaller", "larger")
 
 
 def faster(report: Report, student: TeacherEntry) -> str | None:
-    """`6.3× faster`: median batch-1 latency, both in their primary format; None if not measured."""
-    ours, theirs = student.main.latency_ms, report.teacher.main.latency_ms
+    """`6.3× faster`: median batch-1 latency in the same format; None if not measured."""
+    ours, theirs = student.main.latency_ms, timed_against(report, student).latency_ms
     return _times(theirs.median, ours.median, "faster", "slower") if ours and theirs else None
+
+
+def timed_against(report: Report, student: TeacherEntry) -> Artifact:
+    """The teacher's file in the student's own format: what int8 gains is no merit of the student.
+
+    Where there is none, the teacher's primary file.
+    """
+    return report.teacher.artifact(student.primary) or report.teacher.main
 
 
 def _times(before: float, after: float, better: str, worse: str) -> str | None:
