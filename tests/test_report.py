@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import json
 import os
 import re
@@ -294,3 +295,14 @@ def test_report_imports_no_torch() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] in ("torch", "transformers") for name in names)
+
+
+def test_the_charts_say_which_files_they_compare():
+    from limbeck.report.figures import scatters
+
+    report = CASES["usual"]
+    teacher = report.teacher.model_copy(update={"primary": "onnx-fp32"})
+    mixed = report.model_copy(update={"teacher": teacher})
+    drawn = html.unescape(scatters(mixed))
+    assert "teacher's onnx-fp32 file" in drawn
+    assert f"students' {report.students[0].primary} files" in drawn

@@ -76,7 +76,8 @@ def _scatter(report: Report, cost: str, axis: str, cost_of: Costs) -> str:
         )  # fmt: skip
         rows.append(("linear on TF-IDF", NONE, quality_text(linear), *(NONE for _ in BASELINES)))
     missing = len(models) - len(points)
-    about = f"of the {report.teacher.primary} files; up and to the left is better"
+    about = f"of the teacher's {report.teacher.primary} file"
+    about += f" and the students' {report.students[0].primary} files; up and to the left is better"
     if missing:
         about += f"; {missing} model{'s' if missing > 1 else ''} without a measured {cost} left out"
     drawing = scatter(points, level, title=title, x_label=axis, y_label=f"{report.metric}, %")
