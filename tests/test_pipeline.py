@@ -134,11 +134,12 @@ def test_a_run_killed_at_several_stages_ends_with_the_same_weights(world, unkill
     assert weights(out) == weights(unkilled)
 
 
-def test_a_damaged_checkpoint_is_named_and_begun_anew_only_on_demand(world, unkilled):
-    out = world / "damaged"
+@pytest.mark.parametrize("what", ["checkpoint-*", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_named_and_begun_anew_only_on_demand(world, unkilled, what):
+    out = world / f"damaged {what[:-2]}"
     assert kill_at(world, out, "teacher/hf/checkpoint.json")
-    for path in (out / "teacher/hf").glob("checkpoint-*"):
-        path.write_bytes(b"x" + path.read_bytes()[1:])
+    for path in (out / "teacher/hf").glob(what):
+        path.write_bytes(path.read_bytes()[1:])
     recipe, base = load_recipe(world / "recipe.yaml")
     with pytest.raises(DamagedError, match="checkpoint"):
         distill(recipe, out, base=base, meter=NoMeter())

@@ -61,6 +61,20 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def cut_behind(capture, folder, monkeypatch, shards):
+    """A capture that was interrupted behind this many shards."""
+    append = capturing.Writer.append
+
+    def cut(self, *signals):
+        if len(self.manifest["shards"]) == shards:
+            raise KeyboardInterrupt
+        append(self, *signals)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(capturing.Writer, "append", cut)
+        capture(folder)
+
+
 def test_signals_come_back_by_id_in_any_order(capture, tmp_path):
     store = open_store(capture(tmp_path / "s"))
     asked = RowsOf.ids[torch.randperm(N)[:20]]
@@ -74,16 +88,7 @@ def test_a_capture_cut_behind_any_shard_goes_on_to_the_same_bytes(
     capture, tmp_path, monkeypatch, shards
 ):
     whole = contents(capture(tmp_path / "whole"))
-    append = capturing.Writer.append
-
-    def cut(self, *signals):
-        if len(self.manifest["shards"]) == shards:
-            raise KeyboardInterrupt
-        append(self, *signals)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(capturing.Writer, "append", cut)
-        capture(tmp_path / "cut")
+    cut_behind(capture, tmp_path / "cut", monkeypatch, shards)
     asked = []
 
     class Counting(Mouth):
@@ -128,3 +133,23 @@ def test_a_teacher_without_logits_is_refused(capture, tmp_path):
 
     with pytest.raises(DataError, match="embedding"):
         capture(tmp_path / "s", teacher=Mute())
+
+
+def test_a_capture_does_not_go_on_behind_a_damaged_shard(capture, tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    cut_behind(capture, folder, monkeypatch, 2)
+    path = folder / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    before = contents(folder)
+    with pytest.raises(DamagedError, match="shard-00000"):
+        capture(folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 3}'])
+def test_a_torn_manifest_is_named(capture, tmp_path, text):
+    folder = capture(tmp_path / "s")
+    (folder / "manifest.json").write_text(text)
+    for attempt in (capture, open_store):
+        with pytest.raises(DamagedError, match=re.escape("manifest.json")):
+            attempt(folder)

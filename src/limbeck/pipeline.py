@@ -48,10 +48,11 @@ def distill(
     unmet budget is no error here but stands in the report.
     """
     progress = progress if progress is not None else Silent()
-    recipe = rebase(recipe, base or Path.cwd())
+    base = base or Path.cwd()
+    recipe = rebase(recipe, base)
     with open_run(out, recipe, meter or CodecarbonMeter(), repair=repair) as run:
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
-        still = _Still(run, recipe, progress, fetch_sources(recipe, progress))
+        still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
         data = still.data()
         teacher = still.teacher(data)
         signals = still.signals(teacher, data)
@@ -69,16 +70,16 @@ def distill(
         return report
 
 
-def fetch_sources(recipe: Recipe, progress: Progress) -> Sources:
-    """Model and data on this machine's disk."""
+def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
+    """Model and data on this machine's disk. What is relative, a hub id say, starts at `base`."""
     told: set[str] = set()
 
     def show(label: str, _done: int, _total: int) -> None:
         if label not in told:
             told.add(label)
-            progress.say(f"fetching {label}")
+            progress.say(label)
 
-    get = partial(fetch, progress=show)
+    get = partial(fetch, base=base, progress=show)
     data = recipe.data
     return Sources(
         model=get(recipe.teacher.model, where="recipe.teacher.model", kind="model"),

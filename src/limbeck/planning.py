@@ -22,8 +22,10 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[Student
     """Layers are only counted: which ones are kept is known when the teacher is tuned."""
     progress = progress or Silent()
     recipe = rebase(recipe, base)
-    model_folder = fetch(recipe.teacher.model, where="recipe.teacher.model", kind="model").path
-    train = fetch(recipe.data.train, where="recipe.data.train", kind="data").path
+    model_folder = fetch(
+        recipe.teacher.model, where="recipe.teacher.model", base=base, kind="model"
+    ).path
+    train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
     labels = sorted({*read_table(train, recipe.data, where="recipe.data.train").labels})
     config = read_config(model_folder, where="recipe.teacher.model")
     check_length(config, recipe.task.max_tokens)

@@ -104,16 +104,21 @@ class Run:
         wanted = fingerprint(_SCHEMA, name, inputs)
         record = _read_record(folder / "stage.json", _RECORDED)
         if record and record["fingerprint"] == wanted:
-            damaged = _first_damaged(folder, record["files"])
-            if damaged is None:
+            try:
+                for file, sha256 in record["files"].items():
+                    require_sha256(folder / file, sha256)
+            except DamagedError:
+                if not self._repair:
+                    raise
+                shutil.rmtree(folder)
+            else:
                 self._tell(name, record, reused=True)
                 return Made(folder, record["digest"])
-            self._refuse_or_repair(folder, damaged)
         with disk_errors(folder):
             try:
                 return self._make(name, folder, wanted, make)
             except DamagedError as error:  # in what an interrupted try had left here
-                if not self._repair or not error.where.startswith(str(folder)):
+                if not self._repair or not Path(error.where).is_relative_to(folder):
                     raise
                 shutil.rmtree(folder)
                 return self._make(name, folder, wanted, make)
@@ -170,20 +175,6 @@ class Run:
                 reused=reused,
             )
         )
-
-    def _refuse_or_repair(self, folder: Path, damaged: str) -> None:
-        if not self._repair:
-            gone = not (folder / damaged).is_file()
-            raise DamagedError(
-                str(folder / damaged),
-                "it is gone" if gone else "its content no longer has the recorded sha256",
-                allowed="what the stage wrote", fix="run again with --repair to make it anew",
-            )  # fmt: skip
-        shutil.rmtree(folder)
-
-    @property
-    def repair(self) -> bool:
-        return self._repair
 
 
 @contextmanager
@@ -276,6 +267,35 @@ def replaced(path: Path) -> Iterator[Path]:
         os.close(directory)
 
 
+def damaged(path: Path) -> DamagedError:
+    """What to raise where a stored file is not what was written."""
+    found = "it is not what was written there" if path.is_file() else "it is gone"
+    return DamagedError(
+        str(path), found, allowed="the file as recorded, by its sha256",
+        fix="run again with --repair to make it anew",
+    )  # fmt: skip
+
+
+def require_sha256(path: Path, sha256: str) -> None:
+    """Raises DamagedError unless the file has this checksum."""
+    if not path.is_file() or file_sha256(path) != sha256:
+        raise damaged(path)
+
+
+def read_index(path: Path, needed: Set[str]) -> dict[str, Any] | None:
+    """A JSON object that names other files, None where there is none.
+
+    Raises DamagedError for what is no JSON object with these keys: unlike a stage's own record it
+    cannot be ignored, since the files that it names would be.
+    """
+    if not path.exists():
+        return None
+    record = _read_record(path, needed)
+    if record is None:
+        raise damaged(path)
+    return record
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -337,10 +357,3 @@ def _read_record(path: Path, needed: Set[str]) -> dict[str, Any] | None:
         return None  # a damaged record is no record: the stage is made again
     return record if isinstance(record, dict) and needed <= record.keys() else None
 
-
-def _first_damaged(folder: Path, files: Mapping[str, str]) -> str | None:
-    for name, sha256 in files.items():
-        path = folder / name
-        if not path.is_file() or file_sha256(path) != sha256:
-            return name
-    return None

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.cores import on_each, shares
-from limbeck.errors import DamagedError, RecipeError
+from limbeck.errors import RecipeError
 from limbeck.models import no_dropout
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
-from limbeck.run import file_sha256, replaced, write_json
+from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
 from limbeck.tasks.text_classification import Rows, order
 from limbeck.types import Batch, LossTerm, Signal, Teacher
 
@@ -146,7 +146,7 @@ def _point(
     loss = sum(terms.values())
     if not math.isfinite(loss):
         raise RecipeError(
-            f"{training.title}, step {step}", f"the loss is {loss}",
+            f"{training.title}, step {step}", f"the loss is {loss}", allowed="a finite number",
             fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
         )  # fmt: skip
     return {"step": step, "loss": loss, **terms}
@@ -248,11 +248,7 @@ class _Checkpoint:
         if saved is None:
             return 0
         path = self.folder / saved["file"]
-        if not path.is_file() or file_sha256(path) != saved["sha256"]:
-            raise DamagedError(
-                str(path), "its content no longer has the recorded sha256",
-                fix="run again with --repair to train from the start",
-            )  # fmt: skip
+        require_sha256(path, saved["sha256"])
         tensors = load_file(path)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
@@ -269,7 +265,4 @@ class _Checkpoint:
             path.unlink()
 
     def _read(self) -> dict | None:
-        try:
-            return json.loads(self.index.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        return read_index(self.index, {"file", "step", "sha256"})

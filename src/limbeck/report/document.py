@@ -323,12 +323,14 @@ def read_report(folder: Path) -> Report:
         return Report.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
-            str(folder), "holds no report.json", fix="let `limbeck distill` end there first"
-        ) from None
+            str(folder), "holds no report.json", allowed="the folder of a finished run",
+            fix="let `limbeck distill` end there first",
+        ) from None  # fmt: skip
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(step) for step in first["loc"])
         raise DamagedError(
             str(path), f"not a report this version reads: {where or 'it'}: {first['msg']}",
+            allowed="what docs/report.schema.json describes",
             fix="run the same `limbeck distill` again: it writes the report anew",
         ) from None  # fmt: skip

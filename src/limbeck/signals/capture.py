@@ -36,7 +36,10 @@ def capture(
 ) -> None:
     """Write the teacher's logits on every row. Continues behind the last whole shard."""
     if Need.LOGITS not in teacher.provides:
-        raise DataError("teacher", f"provides {sorted(teacher.provides)}", allowed="logits")
+        raise DataError(
+            "teacher", f"provides {', '.join(sorted(teacher.provides)) or 'nothing'}",
+            allowed="logits", fix="choose another teacher",
+        )  # fmt: skip
     writer = Writer(folder, made_from)
     with progress.bar("capture", len(rows), "examples", done=writer.rows) as bar:
         for start in range(writer.rows, len(rows), _SHARD):

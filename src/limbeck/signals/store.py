@@ -9,7 +9,6 @@ killed goes on behind the last listed shard and gives the same bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +18,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from limbeck.errors import DamagedError, DataError
-from limbeck.run import file_sha256, replaced, write_json
+from limbeck.errors import DataError
+from limbeck.run import damaged, file_sha256, read_index, replaced, require_sha256, write_json
 
 SCHEMA = 1
 _MANIFEST = "manifest.json"
+_KEYS = {"schema", "codec", "made_from", "rows", "shards"}
 
 
 class Writer:
-    """Appends shards. `made_from` is compared on reopening: a store never mixes two teachers."""
+    """Appends shards. On reopening `made_from` is compared, so that a store never mixes two
+    teachers, and what is there is checked. Raises DataError, DamagedError."""
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _MANIFEST
-        if path.exists():
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            if self.manifest["made_from"] != made_from:
+        kept = read_index(folder / _MANIFEST, _KEYS)
+        if kept is not None:
+            if kept["made_from"] != made_from:
                 raise DataError(
                     str(folder), "holds signals of another teacher or other data",
+                    allowed="a new folder, or this capture's own",
                     fix="remove the folder or choose another",
                 )  # fmt: skip
+            for shard in kept["shards"]:  # what goes on behind a damaged one would hide it
+                require_sha256(folder / shard["file"], shard["sha256"])
+            self.manifest = kept
         else:
             self.manifest = {"schema": SCHEMA, "codec": "dense-float32", "made_from": made_from}
             self.manifest |= {"rows": 0, "shards": []}
@@ -72,21 +76,22 @@ class Store:
         try:
             rows = [self.row_of[i] for i in example_ids.tolist()]
         except KeyError as error:
-            raise DataError("signals", f"example {error} was not captured") from None
+            raise DataError(
+                "signals", f"example {error} was not captured",
+                allowed=f"the {len(self.row_of):,} that were", fix="capture these rows too",
+            ) from None  # fmt: skip
         return self.logits[rows]
 
 
 def open_store(folder: Path) -> Store:
-    """Reads all shards. Raises DamagedError where one no longer has its checksum."""
-    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    """Reads all shards. Raises DamagedError where one of the files is not as it was written."""
+    manifest = read_index(folder / _MANIFEST, _KEYS)
+    if manifest is None:
+        raise damaged(folder / _MANIFEST)
     ids, logits = [], []
     for shard in manifest["shards"]:
         path = folder / shard["file"]
-        if not path.is_file() or file_sha256(path) != shard["sha256"]:
-            raise DamagedError(
-                str(path), "its content no longer has the recorded sha256",
-                fix="run again with --repair to capture anew",
-            )  # fmt: skip
+        require_sha256(path, shard["sha256"])
         tensors = load_file(path)
         ids.append(tensors["example_ids"])
         logits.append(tensors["logits"])
