@@ -145,7 +145,7 @@ def test_fp32_equals_the_model_at_any_batch_length_and_padding(model, files, nam
 def test_int8_gives_the_models_answers(model, files):
     rows, labels = draw(np.random.default_rng(2), 400)
     logits = {
-        name: runtime.predict(files[name], name, rows, threads=1, pad_id=0)
+        name: runtime.predict(files[name], name, rows, pad_id=0)
         for name in ("onnx-fp32", "onnx-int8")
     }
     assert measure.accuracy(logits["onnx-fp32"], labels, seed=0).value > 0.8  # it knows something

@@ -132,7 +132,9 @@ def test_the_mean_of_dist_is_the_papers_loss(inter, intra):
     classes = math.fsum(1 - pearson(a, b) for a, b in columns) / 5
     values = dist(student, teacher, inter_weight=inter, intra_weight=intra, temperature=3.0)
     assert values.mean().item() == pytest.approx(inter * rows + intra * classes, rel=1e-5)
-    with pytest.raises(ValueError, match="both be"):
+    with pytest.raises(ValueError, match=r"must be \(B, C\)"):
+        dist(student[None], teacher[None])
+    with pytest.raises(ValueError, match="must match"):
         dist(student, teacher[:, :4])
 
 

@@ -43,7 +43,7 @@ def examples() -> list[np.ndarray]:
 
 def predict(files, format, examples, **options):
     return runtime.predict(
-        files[format], format, examples, **{"threads": 1, "pad_id": 0, "batch_size": 8, **options}
+        files[format], format, examples, **{"pad_id": 0, "batch_size": 8, **options}
     )
 
 
@@ -65,9 +65,10 @@ def test_predictions_are_in_the_order_given_and_of_each_example(files, examples,
 
 
 @pytest.mark.parametrize("format", ["onnx-fp32", "onnx-int8"])
-def test_threads_change_nothing(files, examples, format):
-    one, two = (predict(files, format, examples, threads=n) for n in (1, 2))
-    np.testing.assert_array_equal(one, two)
+def test_calls_side_by_side_change_nothing(files, examples, format, monkeypatch):
+    together = predict(files, format, examples)
+    monkeypatch.setattr(runtime, "on_each", map)
+    np.testing.assert_array_equal(together, predict(files, format, examples))
 
 
 def test_int8_answers_do_not_depend_on_the_company(files, examples):

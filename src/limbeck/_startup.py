@@ -11,6 +11,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def prepare_torch() -> None:
+    """For whoever computes with it: memory that is kept, and one thread; `cores` has the others."""
+    import torch
+
+    keep_memory()
+    torch.set_num_threads(1)
+
+
 def keep_memory() -> None:
     """Stop glibc from handing memory back at every training step and faulting it in again.
 

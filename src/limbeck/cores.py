@@ -1,10 +1,10 @@
 """Work on a CPU's cores: each thread has a share of the examples and computes on one core.
 
-Threads inside each small op wait for each other hundreds of times a step. With libgomp's spinning
-off (see `_startup`) each wait is a sleep, and the kernel likes to wake the sleeper on the core of
-whoever woke it: MiniLM's training step took 0.8 to 1.1 s so on two cores, 0.63 s in two shares.
-`benchmarks/startup.py` has the figures. Importing this module therefore leaves torch one thread of
-its own. Results do not depend on how many shares are worked on at a time, only on the cutting.
+Threads inside each small op wait for each other hundreds of times a step. Where they spin, a busy
+neighbour makes them wait for whole time slices; where they sleep (`_startup`), an idle machine
+loses time. A share for each core waits once a step: `benchmarks/startup.py` has the figures. So
+torch has one thread of its own (`_startup.prepare_torch`). Results do not depend on how many shares
+are worked on at a time, only on the cutting.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
-import torch
-
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _LEAST = 8  # examples in a share: with fewer the matrices are too narrow to be multiplied fast
-
-torch.set_num_threads(1)
 
 
 def cores() -> int:

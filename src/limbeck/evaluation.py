@@ -5,7 +5,6 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from limbeck import measure, runtime
+from limbeck._startup import prepare_torch
 from limbeck.linear import linear_predictions
 from limbeck.models import load_classifier, num_parameters
 from limbeck.progress import Progress, Silent
@@ -22,6 +22,8 @@ from limbeck.run import write_json
 from limbeck.tasks.text_classification import Rows, TextClassification
 
 _PARITY_ROWS = 256
+
+prepare_torch()
 
 
 def artifact_path(hf: Path, onnx: Path, format: str) -> Path:
@@ -108,9 +110,8 @@ def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
 def _predict(path: Path, format: Any, rows: Rows, progress: Progress, title: str) -> np.ndarray:
     with progress.bar(title, len(rows), "examples") as bar:
         return runtime.predict(
-            path, format, rows.tokens, threads=len(os.sched_getaffinity(0)), pad_id=rows.pad_id,
-            progress=bar.advance,
-        )  # fmt: skip
+            path, format, rows.tokens, pad_id=rows.pad_id, progress=bar.advance
+        )
 
 
 def _quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

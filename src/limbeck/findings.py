@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.cache import Fetched
+from limbeck.cores import cores
 from limbeck.recipe import Recipe
 from limbeck.report import (
     Artifact,
@@ -90,8 +90,7 @@ def environment() -> Environment:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0))
-    return Environment(cpu=_cpu(), cores=cores, threads=cores, versions=versions)
+    return Environment(cpu=_cpu(), cores=cores(), threads=cores(), versions=versions)
 
 
 def _cpu() -> str:

@@ -14,13 +14,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from limbeck import runtime_worker
+from limbeck.cores import on_each
 from limbeck.errors import LimbeckError, MissingExtraError
 from limbeck.recipe import Format
 from limbeck.runtime_worker import Predictor
@@ -67,7 +67,6 @@ def predict(
     format: Format,
     examples: Sequence[np.ndarray],
     *,
-    threads: int,
     pad_id: int,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
@@ -75,29 +74,24 @@ def predict(
     """Logits (N, C) of examples that are each a row of token ids, in the order given.
 
     Batches hold examples of like length, so that little is padded; int8 files get one example a
-    call (see above). `progress` is told the number of examples done since it was last told.
+    call (see above). Each core has a call of its own. `progress` is told the number of examples
+    done since it was last told.
     """
     if not examples:
         raise ValueError("no examples to predict")
     order = np.argsort([len(ids) for ids in examples], kind="stable")
     size = 1 if format == "onnx-int8" else batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    # Whole calls side by side gain more than threads inside a small one: see `cores`.
     model = load_predictor(path, format, threads=1)
 
     def run(batch: np.ndarray) -> np.ndarray:
         return model(*_padded([examples[i] for i in batch], pad_id))
 
     done: list[np.ndarray] = []
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for rows in pool.map(run, batches):
-                done.append(rows)
-                if progress is not None:
-                    progress(len(rows))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
-            raise
+    for rows in on_each(run, batches):
+        done.append(rows)
+        if progress is not None:
+            progress(len(rows))
     logits = np.empty((len(examples), done[0].shape[1]), dtype=np.float32)  # (N, C)
     logits[order] = np.concatenate(done)
     return logits

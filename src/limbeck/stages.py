@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from limbeck import runtime
-from limbeck._startup import keep_memory
+from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import axes_from_json, axes_to_json
 from limbeck.architecture.cut import (
     build_student,
@@ -53,7 +53,7 @@ Start = Literal["prefix", "random"]
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 _VALIDATION_ROWS = 384  # for the curves; drawn at random, the same for all
 
-keep_memory()
+prepare_torch()
 
 
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:

@@ -20,7 +20,7 @@ def classify(student: Path, text: str) -> list[tuple[str, float]]:
     tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False, local_files_only=True)
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     ids = np.asarray(tokenizer(text, truncation=True)["input_ids"])
-    logits = predict(path, format, [ids], threads=1, pad_id=tokenizer.pad_token_id or 0)[0]
+    logits = predict(path, format, [ids], pad_id=tokenizer.pad_token_id or 0)[0]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     names = {int(i): name for i, name in config["id2label"].items()}

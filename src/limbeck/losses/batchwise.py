@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from limbeck.losses.numerics import counted_rows, finite_log_softmax, put_back
+from limbeck.losses.numerics import check_shapes, counted_rows, finite_log_softmax, put_back
 
 
 def dist(
@@ -27,13 +27,11 @@ def dist(
     A share of `intra` alone can be negative; either mean is in [0, 2]. Since the statistics are
     those of the batch, this loss does depend on the micro-batch size; uncounted rows take no part.
     Where the teacher is constant (one class, one example) there is no relation to learn: 0.
-    Raises ValueError where the shapes differ.
+    Raises ValueError for any other shape.
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} must both be (B, C)"
-        )
+    check_shapes(student_logits, teacher_logits, "never pad a vocabulary with zeros")
+    if student_logits.ndim != 2:
+        raise ValueError(f"logits {tuple(student_logits.shape)} must be (B, C)")
     student, teacher = counted_rows(mask, student_logits, teacher_logits.detach())
     q = finite_log_softmax(student, temperature).exp()  # (n, C)
     p = finite_log_softmax(teacher, temperature).exp()

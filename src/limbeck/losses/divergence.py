@@ -20,7 +20,13 @@ import math
 import torch
 from torch import Tensor
 
-from limbeck.losses.numerics import LOG_TINY, NEVER, at_least_fp32, finite_log_softmax
+from limbeck.losses.numerics import (
+    LOG_TINY,
+    NEVER,
+    at_least_fp32,
+    check_shapes,
+    finite_log_softmax,
+)
 
 
 def forward_kl(
@@ -199,11 +205,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
 def _log_probs(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} must match; never pad a vocabulary with zeros"
-        )
+    check_shapes(student_logits, teacher_logits, "never pad a vocabulary with zeros")
     log_q = finite_log_softmax(student_logits, temperature)
     return log_q, finite_log_softmax(teacher_logits.detach(), temperature)
 

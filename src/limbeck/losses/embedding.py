@@ -12,6 +12,7 @@ from torch import Tensor
 from limbeck.losses.numerics import (
     NEVER,
     at_least_fp32,
+    check_shapes,
     counted_rows,
     finite_log_softmax,
     put_back,
@@ -19,13 +20,15 @@ from limbeck.losses.numerics import (
     without_autocast,
 )
 
+_PROJECT = "project the student to the teacher's width first"
+
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over D of the squared difference (FitNets, Romero et al. 2015, 1412.6550, with mean).
 
     (..., D), (..., D) -> (...). Raises ValueError where the shapes differ.
     """
-    _check(student, teacher)
+    check_shapes(student, teacher, _PROJECT)
     return (at_least_fp32(student) - at_least_fp32(teacher.detach())).square().mean(-1)
 
 
@@ -34,7 +37,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
     Beside a zero vector it is 1, without a gradient worth the name.
     """
-    _check(student, teacher)
+    check_shapes(student, teacher, _PROJECT)
     return 1 - (unit(student) * unit(teacher.detach())).sum(-1)
 
 
@@ -57,11 +60,3 @@ def _log_neighbours(vectors: Tensor, temperature: float) -> Tensor:
     similarity = unit(vectors) @ unit(vectors).T  # (n, n)
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
     return finite_log_softmax((similarity / temperature).masked_fill(itself, NEVER))
-
-
-def _check(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must match; "
-            "project the student to the teacher's width first"
-        )

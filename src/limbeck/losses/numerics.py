@@ -17,6 +17,13 @@ NEVER = -1e30  # exp() of it is 0; 1e8 of it still add up in fp32
 LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
+def check_shapes(student: Tensor, teacher: Tensor, advice: str) -> None:
+    """Raises ValueError where they differ: broadcasting would give a number all the same."""
+    if student.shape != teacher.shape:
+        ours, theirs = tuple(student.shape), tuple(teacher.shape)
+        raise ValueError(f"student {ours} and teacher {theirs} must match; {advice}")
+
+
 def at_least_fp32(values: Tensor) -> Tensor:
     """bf16 and fp16 become fp32; fp64 stays, so that gradients can be checked. (...) -> (...)."""
     return values if values.dtype == torch.float64 else values.float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from limbeck.losses.numerics import at_least_fp32
+from limbeck.losses.numerics import at_least_fp32, check_shapes
 
 
 def ranking(
@@ -19,11 +19,7 @@ def ranking(
     (..., C), (..., C) -> (...). Classes that either side rules out (-inf) make no pair; without a
     pair (C = 1) the value is 0. Raises ValueError where the shapes differ.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits "
-            f"{tuple(teacher_logits.shape)} must match"
-        )
+    check_shapes(student_logits, teacher_logits, "never pad a vocabulary with zeros")
     k = min(top_k, teacher_logits.shape[-1])
     teacher, ids = at_least_fp32(teacher_logits.detach()).topk(k, dim=-1)  # (..., k)
     student = at_least_fp32(student_logits.gather(-1, ids))
