@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 _SETTINGS: dict[str, dict[str, str]] = {
     "torch as it comes": {},
@@ -26,6 +27,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
     "bound, spin 0, memory": {"GOMP_SPINCOUNT": "0", "OMP_PROC_BIND": "true", "KEEP": "1"},
     "bound, spin 10000, memory": {"GOMP_SPINCOUNT": "10000", "OMP_PROC_BIND": "true", "KEEP": "1"},
     "one thread, memory": {"OMP_NUM_THREADS": "1", "KEEP": "1"},
+    "shares, as limbeck does": {"GOMP_SPINCOUNT": "0", "SHARES": "1"},
 }
 _SHAPES = {"6 x 384": (6, 384, 1536, 12), "2 x 128": (2, 128, 512, 4)}
 
@@ -38,10 +40,15 @@ def step_ms(steps: int) -> dict[str, float]:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    if os.environ.get("KEEP"):
-        from limbeck._startup import keep_memory
+    from limbeck import _startup
+    from limbeck.cores import on_each, shares
 
-        keep_memory()
+    in_shares = bool(os.environ.get("SHARES"))
+    if in_shares:
+        _startup.prepare_torch()
+    elif os.environ.get("KEEP"):
+        _startup.keep_memory()
+    ids, labels = torch.randint(0, 30000, (32, 32)), torch.randint(0, 20, (32,))
     found = {}
     for name, (layers, hidden, ffn, heads) in _SHAPES.items():
         config = BertConfig(
@@ -51,16 +58,27 @@ def step_ms(steps: int) -> dict[str, float]:
         )  # fmt: skip
         model = BertForSequenceClassification(config)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        ids, labels = torch.randint(0, 30000, (32, 32)), torch.randint(0, 20, (32,))
+        parameters = list(model.parameters())
+
+        def gradients(share: range, model: Any = model, parameters: Any = parameters) -> Any:
+            part = slice(share.start, share.stop)
+            loss = model(input_ids=ids[part], labels=labels[part]).loss * len(share) / len(ids)
+            return torch.autograd.grad(loss, parameters)
+
         times = []
         for _ in range(steps):
             start = time.perf_counter()
-            model(input_ids=ids, labels=labels).loss.backward()
+            if in_shares:
+                parts = zip(*on_each(gradients, shares(len(ids))), strict=True)
+                for parameter, found_parts in zip(parameters, parts, strict=True):
+                    parameter.grad = sum(found_parts[1:], found_parts[0])
+            else:
+                model(input_ids=ids, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - start)
-        found[name] = 1000 * statistics.median(times[2:])
+        found[name] = 1000 * statistics.median(times[3:])
     return found
 
 
