@@ -294,6 +294,12 @@ def test_a_budget_no_shape_can_meet_names_the_smallest(distil, run):
     assert main(["plan", str(run), "--set", f"students.one.budget={{params: {smallest}}}"]) == 0
 
 
+def test_a_budget_no_shape_can_meet_is_refused_before_the_teacher_is_taught(distil, tmp_path):
+    distil("students.one.budget={params: 10}", out=tmp_path / "run")
+    assert (tmp_path / "run/data/stage.json").exists()
+    assert not (tmp_path / "run/teacher").exists()
+
+
 def test_a_latency_no_shape_can_meet_names_the_fastest(distil, run):
     message = distil("students.one.budget={latency_ms: 0.5}", out=run)
     assert "recipe.students.one.budget.latency_ms: no shape meets 0.5 ms; allowed: about" in message

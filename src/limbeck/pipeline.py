@@ -1,6 +1,6 @@
 """The still, in order. Each stage is skipped when its inputs have not changed since it last ran.
 
-    recipe -> sources -> data -> teacher -> signals -> space -> plan -> distil -> export
+    recipe -> sources -> data -> budgets -> teacher -> signals -> space -> plan -> distil -> export
            -> measure -> report
 
 `stages` and `evaluation` (and with them torch) are imported only by a stage that really runs.
@@ -54,6 +54,7 @@ def distill(
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
         data = still.data()
+        still.budgets(data)
         teacher = still.teacher(data)
         signals = still.signals(teacher, data)
         space = still.space(teacher, data)
@@ -124,6 +125,14 @@ class _Still:
             prepare(recipe, s.train.path, s.test.path if s.test else None, s.model.path, folder)
 
         return self.run.stage("data", inputs, make)
+
+    def budgets(self, data: Made) -> Made:
+        recipe, model = self.recipe, self.sources.model
+        budgets = [[student.name, student.budget] for student in recipe.students]
+        return self.run.stage(
+            "budgets", [data.digest, model.sha256, budgets, recipe.task, recipe.export.primary],
+            lambda at: stages.check_budgets(at, recipe, model.path, data.folder),
+        )  # fmt: skip
 
     def teacher(self, data: Made) -> Made:
         model = self.sources.model.sha256

@@ -7,9 +7,6 @@ from pathlib import Path
 from limbeck import stages
 from limbeck.architecture.axes import find_axis
 from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
-from limbeck.architecture.probe import example_inputs, find_axes
-from limbeck.architecture.proof import prove_axes
-from limbeck.models import build_classifier, check_length, label_config, read_config
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
@@ -27,14 +24,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[Student
     ).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
     labels = sorted({*read_table(train, recipe.data, where="recipe.data.train").labels})
-    config = read_config(model_folder, where="recipe.teacher.model")
-    check_length(config, recipe.task.max_tokens)
-    label_config(config, labels)
-    model = build_classifier(config)
-    axes = prove_axes(
-        model, config, build_classifier, find_axes(config, build_classifier),
-        example_inputs(model, config), seed=recipe.seed,
-    )  # fmt: skip
+    config, axes = stages.untuned_axes(recipe, model_folder, labels)
     layers = find_axis(axes, "layers")
 
     def measure(candidate: Candidate) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from limbeck import runtime
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import axes_from_json, axes_to_json
+from limbeck.architecture.axes import Axis, axes_from_json, axes_to_json
 from limbeck.architecture.cut import (
     build_student,
     keep_layers,
@@ -24,8 +24,14 @@ from limbeck.architecture.cut import (
     student_config,
 )
 from limbeck.architecture.importance import importance, load_importance
-from limbeck.architecture.plan import Candidate, LatencyModel, candidates, plan_student
-from limbeck.architecture.probe import find_axes
+from limbeck.architecture.plan import (
+    Candidate,
+    LatencyModel,
+    candidates,
+    plan_student,
+    within_budget,
+)
+from limbeck.architecture.probe import example_inputs, find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.cores import on_each
 from limbeck.errors import RecipeError
@@ -33,9 +39,12 @@ from limbeck.export.folder import save_folder
 from limbeck.export.onnx import export_onnx, quantize_int8
 from limbeck.models import (
     build_classifier,
+    check_length,
     head_labels,
+    label_config,
     load_classifier,
     num_parameters,
+    read_config,
 )
 from limbeck.objective import Objective
 from limbeck.progress import Progress
@@ -123,6 +132,33 @@ def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progres
         ],
     }
     write_json(folder / "summary.json", summary)
+
+
+def check_budgets(folder: Path, recipe: Recipe, model: Path, data: Path) -> None:
+    """Refuse now what no shape can meet, not behind the teacher's tuning. Latencies are not timed.
+
+    Raises RecipeError.
+    """
+    config, axes = untuned_axes(recipe, model, TextClassification(data).labels)
+    space = space_of(config, axes, recipe.export.primary)
+    fits = {
+        s.name: len(within_budget(f"recipe.students.{s.name}.budget", s.budget, space))
+        for s in recipe.students
+    }
+    write_json(folder / "shapes.json", fits)
+
+
+def untuned_axes(recipe: Recipe, model: Path, labels: Sequence[str]) -> tuple[Any, Sequence[Axis]]:
+    """The architecture's config and its axes, proved on random weights."""
+    config = read_config(model, where="recipe.teacher.model")
+    check_length(config, recipe.task.max_tokens)
+    label_config(config, labels)
+    random = build_classifier(config)
+    axes = prove_axes(
+        random, config, build_classifier, find_axes(config, build_classifier),
+        example_inputs(random, config), seed=recipe.seed,
+    )  # fmt: skip
+    return config, axes
 
 
 class Planner:

@@ -201,15 +201,7 @@ def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
 def _choose(
     where: str, budget: BudgetSpec, ranked: Sequence[Candidate], model: LatencyModel
 ) -> Candidate:
-    fits = [c for c in ranked if _within(c, budget)]
-    if not fits:
-        smallest = min(c.params for c in ranked), min(c.size_bytes for c in ranked) / 1e6
-        asked = budget.model_dump(exclude_none=True)
-        raise RecipeError(
-            where, f"no shape meets {_listed(asked)}",
-            allowed=f"{smallest[0]:,} parameters or more, and {smallest[1]:.2f} MB or more",
-            fix="raise the budget",
-        )  # fmt: skip
+    fits = within_budget(where, budget, ranked)
     limit = budget.latency_ms
     if limit is None:
         return fits[0]
@@ -232,6 +224,25 @@ def _choose(
         allowed=f"about {model.predict(fastest) / _MARGIN:.2f} ms or more, on this machine",
         fix="raise the budget",
     )  # fmt: skip
+
+
+def within_budget(
+    where: str, budget: BudgetSpec, space: Sequence[Candidate]
+) -> list[Candidate]:
+    """The shapes that keep the budget, but for its latency, which has to be measured.
+
+    Raises RecipeError where there is none, with the smallest that there is.
+    """
+    fits = [c for c in space if _within(c, budget)]
+    if not fits:
+        smallest = min(c.params for c in space), min(c.size_bytes for c in space) / 1e6
+        asked = budget.model_dump(exclude_none=True)
+        raise RecipeError(
+            where, f"no shape meets {_listed(asked)}",
+            allowed=f"{smallest[0]:,} parameters or more, and {smallest[1]:.2f} MB or more",
+            fix="raise the budget",
+        )  # fmt: skip
+    return fits
 
 
 def _within(candidate: Candidate, budget: BudgetSpec) -> bool:
