@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/limbeck distill quickstart --out runs/quickstart
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -m "not slow and not network and not gpu"
+	$(BIN)/pytest -n logical --dist loadfile -m "not slow and not network and not gpu"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check src tests

@@ -3,20 +3,26 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from limbeck.errors import DataError, RecipeError
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
+from limbeck.tasks import text_classification
 from limbeck.tasks.tables import Table
 from limbeck.tasks.text_classification import (
     SPLITS,
     Rows,
     TextClassification,
+    _encode,
+    _encode_whole,
     _split,
     order,
     prepare,
@@ -219,3 +225,46 @@ def test_an_epochs_order_is_a_permutation_of_its_own(n, seed, epoch):
     if n >= 100:
         assert (order(n, seed=seed, epoch=epoch + 1) != found).any()
         assert (order(n, seed=seed + 1, epoch=epoch) != found).any()
+
+
+def tokenizers_of_each_kind() -> dict[str, PreTrainedTokenizerFast]:
+    """Words in pieces, bytes, and one that joins words as it likes."""
+    corpus = ["the old man and the sea", "a mansion and theology, andante", "so-called see saws"]
+    kinds = {
+        "wordpiece": (models.WordPiece(unk_token="?"), pre_tokenizers.BertPreTokenizer()),
+        "bytes": (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        "unsplit": (models.BPE(), None),
+    }
+    trainer = {
+        "wordpiece": trainers.WordPieceTrainer(vocab_size=60, special_tokens=["?"]),
+        "bytes": trainers.BpeTrainer(vocab_size=300),
+        "unsplit": trainers.BpeTrainer(vocab_size=60),
+    }
+    found = {}
+    for kind, (model, split) in kinds.items():
+        backend = Tokenizer(model)
+        if split is not None:
+            backend.pre_tokenizer = split
+        backend.train_from_iterator(corpus, trainer[kind])
+        found[kind] = PreTrainedTokenizerFast(tokenizer_object=backend)
+    return found
+
+
+KINDS = tokenizers_of_each_kind()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    texts=st.lists(st.text("theandso -,\n\t\u3000é", max_size=90), min_size=1, max_size=4),
+    characters=st.integers(1, 6),
+)
+def test_the_beginning_of_a_text_is_tokenised_as_in_the_whole(kind, texts, characters):
+    with patch.object(text_classification, "_CHARACTERS_PER_TOKEN", characters):
+        assert _encode(KINDS[kind], texts, 5) == _encode_whole(KINDS[kind], texts, 5)
+
+
+def test_only_the_beginning_of_a_long_text_is_tokenised():
+    with patch.object(text_classification, "_encode_whole", wraps=_encode_whole) as whole:
+        _encode(KINDS["wordpiece"], ["the sea " * 1000, "a" * 1000], 5)
+    assert [len(text) for text in whole.call_args_list[0].args[1]] == [75, 1000]
+    assert whole.call_args_list[1].args[1] == []

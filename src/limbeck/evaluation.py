@@ -38,15 +38,17 @@ def measure_artifacts(
     task = TextClassification(data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
-    parity_rows = test.sample(_PARITY_ROWS, seed=recipe.seed)
-    origin = _predict(hf, "hf", parity_rows, Silent(), "parity")
+    compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
     config = AutoConfig.from_pretrained(hf)
+    origin = None  # what the model that was exported says about `compared`
     found = []
     wall_ms = {}
-    for format in recipe.export.formats:
+    # the model's own folder first: the other files are held against it
+    for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
         path = artifact_path(hf, onnx, format)
         rows = test if format == primary else few
         logits = _predict(path, format, rows, progress, f"{name} {format}")
+        of_compared = logits[np.isin(rows.ids, compared.ids)]
         if format == primary:
             np.save(folder / "logits.npy", logits)
         timing = runtime.time_artifact(
@@ -68,9 +70,12 @@ def measure_artifacts(
             "threads": timing.threads,
         }
         wall_ms[format] = timing.latency_wall_ms
-        if format != "hf":
-            exported = _predict(path, format, parity_rows, Silent(), "parity")
-            entry["parity"] = asdict(measure.parity(origin, exported))
+        if format == "hf":
+            origin = of_compared
+        else:
+            if origin is None:
+                origin = _predict(hf, "hf", compared, Silent(), "parity")
+            entry["parity"] = asdict(measure.parity(origin, of_compared))
         found.append(entry)
     model = load_classifier(hf, task.labels, where=str(hf))
     summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}

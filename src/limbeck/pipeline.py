@@ -224,10 +224,15 @@ class _Still:
             f"{top}/compare", [mine.digest, theirs.digest],
             lambda at: evaluation.compare(at, mine.folder, theirs.folder, data.folder),
         )  # fmt: skip
-        baselines = {"untaught": self._baseline(student, "untaught", base, data, lambda at: (
-            stages.untaught(at, recipe, stages.read_plan(plan.folder).shape, teacher.folder,
-                            space.folder, data.folder)))}  # fmt: skip
+        baselines = {}
         if self._needs_baselines(student, plans):
+            baselines["untaught"] = self._baseline(
+                student, "untaught", base, data,
+                lambda at: stages.untaught(
+                    at, recipe, stages.read_plan(plan.folder).shape, teacher.folder, space.folder,
+                    data.folder,
+                ),
+            )  # fmt: skip
             for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
                 baselines[name] = self._baseline(
                     student, name, [*base, training, start], data,

@@ -23,6 +23,7 @@ from limbeck.tasks.tables import Table, read_table
 from limbeck.types import Batch
 
 SPLITS = ("train", "validation", "test")
+_CHARACTERS_PER_TOKEN = 16  # more than words have; a text of longer ones is tokenised whole
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,42 @@ def _check_vocabulary(tokens: Sequence[Sequence[int]], vocab_size: int, where: s
 def _encode(
     tokenizer: Any, texts: Sequence[str], max_tokens: int
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids and the stretch of text that they cover."""
+    """Token ids and the stretch of text that they cover.
+
+    Of a long text only the first words are tokenised, where that is as good: the tokenizer never
+    joins words, and those words fill `max_tokens`. (20 Newsgroups, 24 tokens: 2 s instead of 13.)
+    """
+    heads = [*texts]
+    if _keeps_words_apart(tokenizer):
+        heads = [_first_words(text, _CHARACTERS_PER_TOKEN * max_tokens) for text in texts]
+    tokens, cut = _encode_whole(tokenizer, heads, max_tokens)
+    short = [
+        i
+        for i, (head, text) in enumerate(zip(heads, texts, strict=True))
+        if len(head) < len(text) and len(tokens[i]) < max_tokens
+    ]
+    again = _encode_whole(tokenizer, [texts[i] for i in short], max_tokens)
+    for i, ids, text in zip(short, *again, strict=True):
+        tokens[i], cut[i] = ids, text
+    return tokens, cut
+
+
+def _keeps_words_apart(tokenizer: Any) -> bool:
+    split = tokenizer.backend_tokenizer.pre_tokenizer
+    return split is not None and len(split.pre_tokenize_str("one two")) > 1
+
+
+def _first_words(text: str, num_characters: int) -> str:
+    """The whole words of the beginning; all of a text that has no more."""
+    if len(text) <= num_characters:
+        return text
+    words = text[:num_characters].rsplit(maxsplit=1)
+    return words[0] if len(words) > 1 else text
+
+
+def _encode_whole(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int
+) -> tuple[list[list[int]], list[str]]:
     tokens: list[list[int]] = []
     cut: list[str] = []
     for start in range(0, len(texts), 1000):
