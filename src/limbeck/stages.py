@@ -60,7 +60,7 @@ from limbeck.types import Batch, Cost, Shape, StudentPlan, Teacher
 
 Start = Literal["prefix", "random"]
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
-_VALIDATION_ROWS = 384  # for the curves; drawn at random, the same for all
+_VALIDATION_ROWS = 256  # for the curves; drawn at random, the same for all
 
 prepare_torch()
 
