@@ -17,7 +17,7 @@ LAYERS = (
     {"objective", "tasks", "signals", "teachers", "architecture", "energy", "linear", "report"},
     {"train", "export", "measure", "runtime", "runtime_worker"},
     {"findings", "stages", "evaluation", "trying"},
-    {"pipeline", "planning", "checkup"},
+    {"pipeline", "planning", "checkup", "keeping"},
     {"_api"},
     {"__init__", "cli"},
 )

@@ -113,7 +113,7 @@ def test_the_second_run_makes_nothing_and_a_changed_budget_only_the_student(worl
     finish(world, changed, "students.one.budget.params=9000")
     after = weights(changed)
     differ = {name for name in before if before[name] != after.get(name)}
-    assert differ == {"students/one/hf/model.safetensors"}  # not the teacher, its signals or its importance scores
+    assert differ == {"students/one/hf/model.safetensors"}  # not the teacher, signals, importance
 
 
 def test_a_run_killed_at_several_stages_ends_with_the_same_weights(world, unkilled):

@@ -4,19 +4,32 @@
     report = limbeck.distill("quickstart", "runs/quickstart")
 
 The verbs of the command line are functions here; `report` and `recipes` are rooms of the package,
-so theirs are `load_report` and `list_recipes`.
+so is `signals`; theirs are `load_report`, `list_recipes`, `describe_signals` and the like.
 """
 
 from limbeck import _startup  # noqa: F401  before torch is imported
-from limbeck._api import distill, doctor, list_recipes, load_report, plan, try_student
+from limbeck._api import (
+    describe_signals,
+    distill,
+    doctor,
+    list_recipes,
+    load_report,
+    plan,
+    prune_signals,
+    try_student,
+    verify_signals,
+)
 from limbeck.errors import LimbeckError
 
 __all__ = [
     "LimbeckError",
+    "describe_signals",
     "distill",
     "doctor",
     "list_recipes",
     "load_report",
     "plan",
+    "prune_signals",
     "try_student",
+    "verify_signals",
 ]

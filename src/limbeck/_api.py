@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from limbeck.progress import Progress
     from limbeck.recipe import Recipe
     from limbeck.report import Report
-    from limbeck.types import StudentPlan
+    from limbeck.signals.verify import Verification
+    from limbeck.types import Plan
 
 
 def distill(
@@ -30,8 +31,9 @@ def distill(
 
 def plan(
     recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), progress: Progress | None = None
-) -> tuple[StudentPlan, ...]:
-    """The shape of each student, before any training: parameters, predicted size and latency."""
+) -> Plan:
+    """Before any training: each student's shape, parameters, predicted size and latency, and what
+    the stored signals will take."""
     from limbeck import planning
 
     loaded, base = _load(recipe, overrides)
@@ -57,6 +59,30 @@ def try_student(student: str | Path, text: str) -> list[tuple[str, float]]:
     from limbeck import trying
 
     return trying.classify(Path(student), text)
+
+
+def describe_signals(folder: str | Path) -> dict[str, str]:
+    """What a capture holds and what it was made from; `folder` is a run's or the capture's own."""
+    from limbeck import keeping
+
+    return keeping.describe(Path(folder))
+
+
+def verify_signals(folder: str | Path, *, rows: int = 64) -> tuple[int, Verification | None]:
+    """Check every checksum, and rows drawn at random against the teacher where the run has it.
+
+    (shards checked, comparison). Raises DamagedError and DataError.
+    """
+    from limbeck import keeping
+
+    return keeping.check(Path(folder), rows)
+
+
+def prune_signals(folder: str | Path) -> dict[Path, int]:
+    """Remove files that are no part of the capture; each with its bytes."""
+    from limbeck import keeping
+
+    return keeping.prune(Path(folder))
 
 
 def doctor() -> dict[str, Any]:

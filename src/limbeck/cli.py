@@ -64,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
         "student", type=Path, help="RUN/students/NAME, an .onnx file or an hf folder"
     )
     tried.add_argument("text", help="what to classify")
+    kept = verb("signals", _signals, "say what captured signals hold, check them, or tidy up")
+    kept.add_argument(
+        "what", choices=["info", "verify", "prune"],
+        help="info: codec, size and origins; verify: every checksum, and some rows against the "
+        "teacher; prune: remove files that are no part of the capture",
+    )  # fmt: skip
+    kept.add_argument("folder", type=Path, metavar="DIR", help="a run's folder, or its signals'")
+    kept.add_argument(
+        "--rows", type=int, default=64, metavar="N", help="to verify against the teacher (64)"
+    )
     verb("doctor", _doctor, "say what this installation can do: devices, extras, versions, cache")
     return parser
 
@@ -93,17 +103,24 @@ def _plan(arguments: argparse.Namespace) -> None:
     from limbeck import _api
 
     with _terminal() as progress:
-        plans = _api.plan(arguments.recipe, overrides=arguments.overrides, progress=progress)
+        plan = _api.plan(arguments.recipe, overrides=arguments.overrides, progress=progress)
     rows = [["student", "parameters", "size MB", "latency ms", "shape"]]
-    for p in plans:
+    for p in plan.students:
         latency = "" if p.cost.latency_ms is None else f"{p.cost.latency_ms:.2f}"
         shape = ", ".join(f"{k} {v}" for k, v in p.shape.sizes.items())
         shape += f", {len(p.shape.layers)} layers"
         size = f"{p.cost.size_bytes / 1e6:.2f}"
         rows.append([p.name, f"{p.cost.params:,}", size, latency, shape])
     _table(rows)
-    for p in plans:
+    for p in plan.students:
         print(f"{p.name}: {p.reason}")
+    rows = [["signals", "bytes a position", "size MB", "capture s"]]
+    for c in plan.signals:
+        name = f"{c.name}, chosen" if c.chosen else c.name
+        size = f"{c.size_bytes / 1e6:.2f}"
+        rows.append([name, f"{c.bytes_per_position:,}", size, f"{c.seconds:.0f}"])
+    _table(rows)
+    print(f"signals: {plan.signals_reason}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -134,6 +151,33 @@ def _try(arguments: argparse.Namespace) -> None:
 
     for label, probability in _api.try_student(arguments.student, arguments.text)[:5]:
         print(f"{100 * probability:5.1f} %  {label}")
+
+
+def _signals(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    if arguments.what == "info":
+        for title, value in _api.describe_signals(arguments.folder).items():
+            print(f"{title:28}{value}")
+    elif arguments.what == "prune":
+        gone = _api.prune_signals(arguments.folder)
+        for path in gone:
+            print(f"removed {path}")
+        print(f"{len(gone)} files, {sum(gone.values()):,} bytes")
+    else:
+        shards, found = _api.verify_signals(arguments.folder, rows=arguments.rows)
+        print(f"checksums           {shards} shards are as they were written")
+        if found is None:
+            print("teacher             not at hand: a run has it beside its signals")
+            return
+        kl = "none: a sample is no distribution" if found.kl is None else f"{found.kl:.3g} nats"
+        score = "" if found.bias_score is None else f", {found.bias_score:.1f} standard errors"
+        print(f"asked again         {found.positions:,} positions\n"
+              f"largest difference  {found.largest_difference:.3g}\n"
+              f"total variation     {found.total_variation:.3g}\n"
+              f"KL                  {kl}\n"
+              f"gradient            off by {found.gradient_error:.3g} of its length, "
+              f"of that bias {found.gradient_bias:.3g}{score}")  # fmt: skip
 
 
 def _doctor(arguments: argparse.Namespace) -> None:  # noqa: ARG001 one signature for all verbs

@@ -41,9 +41,16 @@ class CodecarbonMeter:
         except ImportError:
             self._absent = True
             return
+        try:
+            self._track(OfflineEmissionsTracker)
+        except Exception as error:  # of whatever reads this machine's sensors: no run ends by it
+            self._tracker, self._absent = None, True
+            self._source = f"not metered: codecarbon does not work here ({error!r})"
+
+    def _track(self, tracker: Any) -> None:
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         # The country sets the carbon intensity only, which is not used: energy is what we report.
-        self._tracker = OfflineEmissionsTracker(
+        self._tracker = tracker(
             country_iso_code="USA", save_to_file=False, log_level="error", allow_multiple_runs=True
         )
         self._tracker.start_task("warm-up")

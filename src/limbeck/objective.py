@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from limbeck.losses.divergence import cross_entropy, forward_kl
-from limbeck.types import Batch, LossTerm, Need, Signal
+from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
+from limbeck.types import Batch, DenseTargets, LossTerm, Need, Signal, SparseTargets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """soft_weight * T^2 * KL(teacher || student at T) + hard_weight * cross-entropy, as given."""
+    """soft_weight * T^2 * KL(teacher || student at T) + hard_weight * cross-entropy, as given.
+
+    From sampled signals the soft term is the teacher's cross-entropy, whose gradient is the KL's in
+    expectation: its value stays above 0 by the teacher's entropy, which a sample does not tell.
+    """
 
     temperature: float = 1.0
     soft_weight: float = 0.0
@@ -36,25 +41,44 @@ class Objective:
     def terms(self, student: Signal, teacher: Signal, batch: Batch) -> dict[str, LossTerm]:
         """Each part with its weight, summed over the batch's counted positions."""
         assert student.logits is not None
+        # Positions that do not count are left out here, once: whatever stands in them, NaN say,
+        # has no value and no gradient.
+        logits = student.logits[batch.mask]  # (P, V)
         terms = {}
         if self.soft_weight:
-            assert teacher.logits is not None, "the teacher was asked for logits and gave none"
-            per_position = forward_kl(
-                student.logits, teacher.logits.detach(), temperature=self.temperature
-            )
             # the soft targets' gradient shrinks as 1/T^2 (Hinton et al. 2015, sec. 2)
             scale = self.soft_weight * self.temperature**2
-            terms["soft"] = _masked(per_position * scale, batch.mask)
+            terms["soft"] = _sum(self._soft(logits, _targets(teacher, batch)) * scale)
         if self.hard_weight:
-            per_position = cross_entropy(student.logits, batch.labels)
-            terms["hard"] = _masked(per_position * self.hard_weight, batch.mask)
+            per_position = cross_entropy(logits, batch.labels[batch.mask])
+            terms["hard"] = _sum(per_position * self.hard_weight)
         return terms
+
+    def _soft(self, logits: Tensor, targets: DenseTargets | SparseTargets) -> Tensor:
+        """(P, V) -> (P,): KL(teacher || student) at the temperature, or what is known of it."""
+        if isinstance(targets, DenseTargets):
+            teacher = targets.logits.to(logits.device)
+            return forward_kl(logits, teacher, temperature=self.temperature)
+        assert targets.temperature == self.temperature, "targets of another temperature"
+        ids, probs = targets.ids.to(logits.device), targets.probs.to(logits.device)
+        if targets.kind == "sampled":
+            return sampled_cross_entropy(logits, ids, probs, temperature=self.temperature)
+        tail = targets.tail.to(logits.device)
+        return sparse_divergence(
+            forward_kl, logits, ids, probs, tail, temperature=self.temperature
+        )
 
     def total(self, terms: Mapping[str, LossTerm], count: Tensor) -> Tensor:
         """This micro-batch's share of the step's mean. ()."""
         return torch.stack([term.total for term in terms.values()]).sum() / count.clamp_min(1)
 
 
-def _masked(per_position: Tensor, mask: Tensor) -> LossTerm:
-    # masked_fill, not a product: 0 * nan is nan
-    return LossTerm(total=per_position.masked_fill(~mask, 0).sum(), count=mask.sum())
+def _targets(teacher: Signal, batch: Batch) -> DenseTargets | SparseTargets:
+    if teacher.targets is not None:
+        return teacher.targets
+    assert teacher.logits is not None, "the teacher was asked for logits and gave none"
+    return DenseTargets(logits=teacher.logits.detach()[batch.mask])
+
+
+def _sum(per_position: Tensor) -> LossTerm:
+    return LossTerm(total=per_position.sum(), count=torch.tensor(len(per_position)))

@@ -23,6 +23,7 @@ from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import rebase
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run
+from limbeck.signals.choose import codec_settings
 from limbeck.sources import fetch
 
 
@@ -55,8 +56,9 @@ def distill(
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
         data = still.data()
         still.budgets(data)
+        codec = still.codec(data)
         teacher = still.teacher(data)
-        signals = still.signals(teacher, data)
+        signals = still.signals(teacher, data, codec)
         space = still.space(teacher, data)
         plans = {student.name: still.plan(student, teacher, space) for student in recipe.students}
         original = still.measured_teacher(teacher, data)
@@ -144,11 +146,22 @@ class _Still:
             ),
         )  # fmt: skip
 
-    def signals(self, teacher: Made, data: Made) -> Made:
+    def codec(self, data: Made) -> dict[str, Any]:
+        """Its settings, the temperature among them only where it has to know it."""
+        recipe, about = self.recipe, data.json("data.json")
+        num_rows = about["rows"]["train"]
+        return codec_settings(
+            recipe.signals, temperature=recipe.distill.temperature,
+            vocab_size=len(about["labels"]), rows=num_rows, positions=num_rows,
+        )  # fmt: skip
+
+    def signals(self, teacher: Made, data: Made, codec: Mapping[str, Any]) -> Made:
+        recipe = self.recipe
+        licences = {"teacher": self.sources.model.licence, "data": self.sources.train.licence}
         return self.run.stage(
-            "signals", [teacher.digest, data.digest],
+            "signals", [teacher.digest, data.digest, codec, recipe.seed],
             lambda at: stages.capture(
-                at, teacher.folder, teacher.digest, data.folder, data.digest, self.progress
+                at, recipe, teacher.folder, data.folder, codec, licences, self.progress
             ),
         )  # fmt: skip
 

@@ -1,21 +1,32 @@
-"""`limbeck plan`: every student's shape, parameters and predicted costs, before any training."""
+"""`limbeck plan`: what every student and the stored signals will cost, before any training."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from limbeck import stages
 from limbeck.architecture.axes import find_axis
 from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
+from limbeck.cores import cores, on_each
+from limbeck.models import build_classifier
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
+from limbeck.signals.choose import codec_settings, described, reason, store_bytes
+from limbeck.signals.codecs import bytes_per_position, codec_from_settings
 from limbeck.sources import fetch
 from limbeck.tasks.tables import read_table
-from limbeck.types import Shape, StudentPlan
+from limbeck.types import Plan, Shape, SignalsCost
+
+_BATCH = 32
 
 
-def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[StudentPlan, ...]:
+def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     """Layers are only counted: which ones are kept is known when the teacher is tuned."""
     progress = progress or Silent()
     recipe = rebase(recipe, base)
@@ -23,7 +34,8 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[Student
         recipe.teacher.model, where="recipe.teacher.model", base=base, kind="model"
     ).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
-    labels = sorted({*read_table(train, recipe.data, where="recipe.data.train").labels})
+    table = read_table(train, recipe.data, where="recipe.data.train")
+    labels = sorted({*table.labels})
     config, axes = stages.untuned_axes(recipe, model_folder, labels)
     layers = find_axis(axes, "layers")
 
@@ -38,7 +50,65 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> tuple[Student
 
     space = stages.space_of(config, axes, recipe.export.primary)
     latency = LatencyModel(measure)
-    return tuple(
+    students = tuple(
         plan_student(s, f"recipe.students.{s.name}.budget", space, axes, spread, latency)
         for s in recipe.students
     )
+    rows = _training_rows(recipe, len(table.texts))
+    sizes = {"vocab_size": len(labels), "rows": rows, "positions": rows}
+    settings = codec_settings(
+        recipe.signals, temperature=recipe.distill.temperature, **sizes
+    )
+    progress.say("timing the teacher")
+    return Plan(
+        students=students,
+        signals=tuple(_signal_costs(recipe, config, settings, sizes)),
+        signals_reason=reason(recipe.signals, settings, **sizes),
+    )
+
+
+def _training_rows(recipe: Recipe, num_rows: int) -> int:
+    """What the splits will leave; groups that stay together may change it by some."""
+    data = recipe.data
+    left = num_rows * (1 - (data.test_fraction or 0)) * (1 - data.validation_fraction)
+    return min(int(left), data.max_train_rows or num_rows)
+
+
+def _signal_costs(
+    recipe: Recipe, config: Any, chosen: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Sequence[SignalsCost]:
+    """The chosen codec and the usual others; timed on batches of random tokens."""
+    model = build_classifier(config).eval()
+    shape = (_BATCH, recipe.task.max_tokens)
+    batches = [torch.randint(0, config.vocab_size, shape) for _ in range(cores())]
+    keys = torch.zeros(_BATCH, 2, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits
+
+    list(on_each(forward, batches))  # warm
+    start = time.perf_counter()
+    logits = list(on_each(forward, [*batches, *batches]))
+    teacher = (time.perf_counter() - start) / (len(logits) * _BATCH)  # s an example
+    others: list[dict[str, Any]] = [
+        {"codec": "dense", "dtype": "fp16"}, {"codec": "topk", "k": 32},
+        {"codec": "sampled", "n": 24, "temperature": recipe.distill.temperature},
+    ]  # fmt: skip
+    found = []
+    for settings in (chosen, *(o for o in others if described(o) != described(chosen))):
+        codec = codec_from_settings(settings)
+        start = time.perf_counter()
+        codec.encode(logits[0], keys, 0)
+        encode = (time.perf_counter() - start) / _BATCH / cores()
+        found.append(
+            SignalsCost(
+                name=described(settings),
+                chosen=settings is chosen,
+                bytes_per_position=bytes_per_position(codec, sizes["vocab_size"]),
+                size_bytes=store_bytes(settings, **sizes),
+                seconds=(teacher + encode) * sizes["rows"],
+            )
+        )
+    return found

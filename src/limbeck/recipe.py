@@ -140,6 +140,51 @@ class TeacherSpec(Spec):
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
 
 
+class DenseSpec(Spec):
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of a stored logit."""
+
+
+class TopKSpec(Spec):
+    k: int = Field(32, ge=1)
+    """How many of the largest logits are stored."""
+    values: Literal["fp16", "bf16", "int8"] = "fp16"
+    """How a logit is stored."""
+    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
+    """For which the mass outside of the k is stored. Default: `distill.temperature` alone."""
+
+
+class SampledSpec(Spec):
+    n: int = Field(24, ge=1, lt=2**16)
+    """How many different ids are drawn at a position."""
+    draws: Literal["distinct", "systematic", "independent"] = "distinct"
+    """How. `distinct` has the least variance; `independent` is the paper's."""
+    importance_temperature: float = Field(1.0, gt=0, le=2)
+    """Ids are drawn by p to this power; 1 is best but for experiments."""
+
+
+class SignalsSpec(Spec):
+    """How the teacher's answers are stored; one of dense, topk and sampled, or none of them:
+    every logit for up to 4,096 classes, a sample for more."""
+
+    dense: DenseSpec | None = None
+    """Every logit. Serves any temperature."""
+    topk: TopKSpec | None = None
+    """The largest logits, and how much mass the others have: a biased target, in few bytes."""
+    sampled: SampledSpec | None = None
+    """A random sample whose gradient is right in expectation, in fewer bytes. Serves one
+    temperature."""
+    max_gb: float | None = Field(None, gt=0)
+    """Choose the codec of least error that takes at most this many 10^9 bytes."""
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> Self:
+        given = [n for n in ("dense", "topk", "sampled", "max_gb") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}`: at most one of them")
+        return self
+
+
 class DistillSpec(Spec):
     temperature: float = Field(2.0, gt=0, le=100)
     """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
@@ -232,6 +277,8 @@ class Recipe(Spec):
     """What they learn it from, and what they are measured on."""
     teacher: TeacherSpec
     """The model that you have."""
+    signals: SignalsSpec = SignalsSpec()
+    """How what the teacher says is stored, once for all students."""
     distill: DistillSpec
     """How students are taught."""
     students: tuple[StudentSpec, ...] = Field(min_length=1)
@@ -249,6 +296,16 @@ class Recipe(Spec):
         twice = sorted({name for name in names if names.count(name) > 1} | ({"teacher"} & {*names}))
         if twice:
             raise ValueError(f"two models are called {twice[0]!r}: different names")
+        return self
+
+    @model_validator(mode="after")
+    def _temperature_is_captured(self) -> Self:
+        topk = self.signals.topk
+        if topk and topk.temperatures and self.distill.temperature not in topk.temperatures:
+            raise ValueError(
+                f"`signals.topk.temperatures` lacks {self.distill.temperature:g}: a list with "
+                "`distill.temperature` in it"
+            )
         return self
 
     @model_validator(mode="after")

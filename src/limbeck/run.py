@@ -31,7 +31,8 @@ from limbeck.errors import DamagedError, LimbeckError, RecipeError, RunFolderErr
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import differences, dump_recipe, fingerprint, load_recipe
 
-_NOTES = frozenset({"training.jsonl"})  # holds timings: checked, but not what a stage is made of
+# Timings and dates: checked, but not what a stage is made of.
+_NOTES = frozenset({"training.jsonl", "provenance.json"})
 _RECORDED = frozenset(
     {"fingerprint", "digest", "files", "seconds", "energy_wh", "energy_source"}
 )  # fmt: skip

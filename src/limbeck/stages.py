@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -49,9 +50,14 @@ from limbeck.models import (
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
+from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256, write_json, write_text
 from limbeck.signals import capture as signal_capture
-from limbeck.signals.store import open_store
+from limbeck.signals.choose import reason
+from limbeck.signals.codecs import codec_from_settings
+from limbeck.signals.origins import origins
+from limbeck.signals.store import MANIFEST, open_store
+from limbeck.signals.verify import Verification, verify
 from limbeck.tasks.text_classification import TextClassification
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
@@ -99,13 +105,39 @@ def _require_head(model: Path, labels: Sequence[str]) -> None:
 
 
 def capture(
-    folder: Path, teacher: Path, teacher_digest: str, data: Path, data_digest: str,
-    progress: Progress,
+    folder: Path, recipe: Recipe, teacher: Path, data: Path, settings: Mapping[str, Any],
+    licences: Mapping[str, str | None], progress: Progress,
 ) -> None:  # fmt: skip
+    """What the teacher says about every training row, by the codec of these settings."""
     task = TextClassification(data)
-    live = LiveTeacher(load_classifier(teacher, task.labels, where="teacher"), teacher_digest)
-    made_from = {"teacher": teacher_digest, "data": data_digest, "split": "train"}
-    signal_capture.capture(live, task.rows("train"), folder, made_from=made_from, progress=progress)
+    rows = task.rows("train")
+    sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
+    progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
+    signal_capture.capture(
+        live_teacher(teacher, task), rows, folder, made_from=_origins(recipe, teacher, data),
+        codec=codec_from_settings(settings), seed=recipe.seed, progress=progress,
+        provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
+    )  # fmt: skip
+
+
+def live_teacher(teacher: Path, task: TextClassification) -> LiveTeacher:
+    model = load_classifier(teacher, task.labels, where="teacher")
+    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
+
+
+def verify_signals(run: Path, num_rows: int) -> Verification:
+    """A run's signals against its own teacher and rows. Raises DataError where they are others."""
+    recipe, _ = load_recipe(run)
+    teacher, data = run / "teacher/hf", run / "data"
+    open_store(run / "signals", made_from=_origins(recipe, teacher, data))
+    task = TextClassification(data)
+    return verify(
+        run / "signals", live_teacher(teacher, task), task.rows("train"), num_rows=num_rows
+    )
+
+
+def _origins(recipe: Recipe, teacher: Path, data: Path) -> dict[str, Any]:
+    return origins(teacher, data / "train.parquet", max_tokens=recipe.task.max_tokens)
 
 
 def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progress) -> None:
@@ -244,7 +276,8 @@ def distil(
             soft_weight=spec.soft_weight,
             hard_weight=spec.hard_weight,
         )
-        source = StoredTeacher(open_store(signals), file_sha256(signals / "manifest.json"))
+        store = open_store(signals, made_from=_origins(recipe, teacher, data))
+        source = StoredTeacher(store, file_sha256(signals / MANIFEST), spec.temperature)
     what = "" if signals else f", hard labels, {start} start"
     training = Training(
         rows=task.rows("train"),

@@ -1,6 +1,7 @@
 """The nouns that the rooms of the house pass to each other. Frozen; no logic beyond their shape.
 
-Letters: B examples, T positions, C classes, V vocabulary, D width, L layers.
+Letters: B examples, T positions, P counted positions of a batch, C classes, V vocabulary, D width,
+L layers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +26,47 @@ class Need(StrEnum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     inputs: Mapping[str, Tensor]  # what the model's forward takes
-    labels: Tensor  # (B,) int64 hard labels, aligned with the logits
-    mask: Tensor  # (B,) bool: True where the position counts
+    labels: Tensor  # (B,) or (B, T) int64 hard labels, aligned with the logits
+    mask: Tensor  # (B,) or (B, T) bool: True where the position counts; P of them
     example_ids: Tensor  # (B,) int64, stable across epochs: the key into a signal store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseTargets:
+    """Every logit; whoever computes the loss divides by its temperature."""
+
+    logits: Tensor  # (P, V) float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseTargets:
+    """A few of the teacher's probabilities, already at `temperature`.
+
+    kept: the largest probabilities as they are, and the rest of the mass as `tail`; probs and
+    tail sum to 1. Nothing is known of how the tail is spread: a loss that ignores it is biased.
+
+    sampled: weights whose expectation is the whole distribution, so a loss that is linear in the
+    teacher's probabilities (cross-entropy to it, forward KL up to a constant) has the dense
+    gradient in expectation: s * sum(w) - w for the student's probabilities s. Their sum is 1 only
+    in expectation, and a nonlinear use (entropy, reverse KL, top-1) is biased. `tail` is 0.
+
+    Empty slots have probability 0 and any id; other ids differ, except that rounding may once in
+    some 10^7 positions draw an id twice: add up, never overwrite.
+    """
+
+    kind: Literal["kept", "sampled"]
+    ids: Tensor  # (P, K) int64
+    probs: Tensor  # (P, K) float32
+    tail: Tensor  # (P,) float32, the mass of all other ids together
+    temperature: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signal:
     """What one model says about one batch. Teacher and student speak the same type."""
 
-    logits: Tensor | None = None  # (B, C)
+    logits: Tensor | None = None  # (B, C) or (B, T, V)
+    targets: DenseTargets | SparseTargets | None = None  # of the batch's P counted positions
     hidden: Mapping[str, Tensor] = field(default_factory=dict)  # module name -> (B, T, D)
     embedding: Tensor | None = None  # (B, D)
 
@@ -96,3 +128,23 @@ class StudentPlan:
     shape: Shape
     cost: Cost
     reason: str  # one sentence for the report: which rule chose this shape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignalsCost:
+    """What a codec would take for all of the training rows. Predicted before the capture."""
+
+    name: str
+    chosen: bool
+    bytes_per_position: int
+    size_bytes: int
+    seconds: float  # of the teacher's pass with encoding, on this machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that is known before any training."""
+
+    students: tuple[StudentPlan, ...]
+    signals: tuple[SignalsCost, ...]  # the chosen codec and others to compare with
+    signals_reason: str  # one sentence

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -56,9 +56,9 @@ CODECS: Mapping[str, type[Dense] | type[TopK] | type[Sampled]] = {
 }
 
 
-def settings_of(codec: Dense | TopK | Sampled) -> dict[str, Any]:
+def settings_of(codec: Codec) -> dict[str, Any]:
     """For a manifest, as JSON can hold it: {"codec": "topk", "k": 32, ...}."""
-    settings = {"codec": codec.name, **asdict(codec)}
+    settings = {"codec": codec.name, **asdict(cast(Any, codec))}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 

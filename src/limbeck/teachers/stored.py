@@ -5,17 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from limbeck.signals.store import Store
+from limbeck.signals.targets import check_served
 from limbeck.types import Batch, Need, Signal
 
 
 @dataclass(frozen=True)
 class StoredTeacher:
+    """Targets at one temperature. Raises DataError for one that the signals cannot serve."""
+
     store: Store
     fingerprint: str
+    temperature: float
     provides: frozenset[Need] = frozenset({Need.LOGITS})
 
+    def __post_init__(self) -> None:
+        served = self.store.codec.temperatures
+        if served is not None:
+            check_served(self.store.codec.name, self.temperature, served)
+
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:  # noqa: ARG002 logits only
-        return Signal(logits=self.store.take(batch.example_ids))
+        return Signal(targets=self.store.targets(batch.example_ids, self.temperature))
 
 
 @dataclass(frozen=True)
