@@ -38,10 +38,11 @@ from limbeck.signals.capture import capture
 from limbeck.signals.codecs import Codec, Dense, Sampled, TopK, bytes_per_position
 from limbeck.signals.store import open_store
 from limbeck.sources import fetch
+from limbeck.step import Training
 from limbeck.tasks.tables import read_table
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
-from limbeck.train import Training, train
+from limbeck.train import train
 from limbeck.types import Batch
 
 _VOCAB, _LENGTH = 4096, 64

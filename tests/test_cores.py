@@ -1,6 +1,8 @@
 """Shares of a batch, worked on side by side: nothing is lost, and the sum is the same."""
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck import cores, train
+from limbeck import cores, step, train
 from limbeck.objective import Objective
 from limbeck.recipe import TrainingSpec
+from limbeck.temperature import Fixed
 from limbeck.types import Signal
 from tiny_models import bert_config, random_model
 
@@ -85,25 +88,25 @@ def test_a_step_does_not_depend_on_the_number_of_shares(tmp_path, monkeypatch, c
         return [range(a, b) for a, b in itertools.pairwise(ends)]
 
     def trained(shares) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(train, "shares", shares)
+        monkeypatch.setattr(step, "shares", shares)
         model = random_model(bert_config())
-        training = train.Training(
+        training = step.Training(
             rows=Rows(), teacher=Teacher(), seed=0, title="t",
-            objective=Objective(temperature=2, soft_weight=1, hard_weight=0.5),
+            objective=Objective(temperature=Fixed(2), soft_weight=1, hard_weight=0.5),
             spec=TrainingSpec(epochs=1, batch_size=12, learning_rate=0.5, warmup_fraction=0),
         )  # fmt: skip
         seen: dict[str, torch.Tensor] = {}
-        step = torch.optim.AdamW.step
+        original = torch.optim.AdamW.step
 
         def record(self, *a, **k):
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     seen[name] = parameter.grad.clone()
-            return step(self, *a, **k)
+            return original(self, *a, **k)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", record)
         train.train(model, training, tmp_path, Silent())
-        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        monkeypatch.setattr(torch.optim.AdamW, "step", original)
         return seen
 
     whole, parts = trained(lambda n: [range(n)]), trained(cut)
@@ -111,3 +114,13 @@ def test_a_step_does_not_depend_on_the_number_of_shares(tmp_path, monkeypatch, c
     far = max((whole[k] - parts[k]).abs().max() for k in whole)
     assert far < 1e-6 * max(g.abs().max() for g in whole.values()) + 1e-7
     assert max(g.abs().max() for g in whole.values()) > 1e-3
+
+
+def test_each_cores_thread_computes_alone_even_if_torch_was_told_otherwise_before():
+    code = (
+        "import torch; torch.set_num_threads(2); torch.ones(9) @ torch.ones(9)\n"
+        "from limbeck.cores import on_each\n"
+        "print({*on_each(lambda _: torch.get_num_threads(), range(8))})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{1}\n"

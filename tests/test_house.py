@@ -10,13 +10,16 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
-    {"recipe", "types", "progress", "_startup", "cores"},
+    {"recipe", "recipe_teaching", "types", "progress", "_startup", "cores"},
     {"recipe_file"},
     {"run"},
     {"models", "sources", "cache", "archives", "losses"},
-    {"objective", "tasks", "signals", "teachers", "architecture", "energy", "linear", "report"},
-    {"train", "export", "measure", "runtime", "runtime_worker"},
-    {"findings", "stages", "evaluation", "trying"},
+    {
+        "objective", "balance", "temperature", "tasks", "signals", "teachers", "architecture",
+        "energy", "linear", "report",
+    },
+    {"step", "train", "export", "measure", "runtime", "runtime_worker"},
+    {"findings", "stages", "teaching", "evaluation", "trying"},
     {"pipeline", "planning", "checkup", "keeping"},
     {"_api"},
     {"__init__", "cli"},

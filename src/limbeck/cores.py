@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -55,4 +56,10 @@ def on_each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Ite
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores(), thread_name_prefix="core")
+    return ThreadPoolExecutor(cores(), thread_name_prefix="core", initializer=_compute_alone)
+
+
+def _compute_alone() -> None:
+    """torch keeps a number of threads for each thread; one that began earlier keeps its own."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

@@ -51,6 +51,7 @@ class Member:
     measured: Made
     plan: Made | None = None
     compared: Made | None = None
+    tried: Made | None = None  # temperatures, where the recipe leaves the choice
     baselines: Mapping[str, Made] = field(default_factory=dict)
 
 
@@ -123,7 +124,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         primary=member.primary,
         artifacts=artifacts,
         shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
-        reason=plan["reason"],
+        reason=plan["reason"] + _temperature(member.tried),
         budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
         retention=Retention.model_validate(compared["retention"])
         if compared["retention"]
@@ -144,6 +145,17 @@ def _artifacts(run: Run, member: Member) -> tuple[Artifact, ...]:
         where = str(path.relative_to(run.folder))
         found.append(Artifact.model_validate({**entry, "path": where}))
     return tuple(found)
+
+
+def _temperature(tried: Made | None) -> str:
+    if tried is None:
+        return ""
+    found = tried.json("temperature.json")
+    curve = ", ".join(f"{p['loss']:.3f} at {p['temperature']:g}" for p in found["curve"])
+    return (
+        f" Temperature {found['chosen']:g} had the least loss on the validation rows after "
+        f"{found['steps']:,} steps: {curve}."
+    )
 
 
 def _quality(made: Made | None) -> Quality | None:
@@ -175,6 +187,12 @@ def _warnings(
         found.append(
             "Latency and throughput are the time that the one thread held a core: waiting for a "
             "busy machine does not count, in the p95 either."
+        )
+    bare = [m.name for m in members if m.name != "teacher" and not m.baselines]
+    if bare:
+        found.append(
+            f"Without baselines, so nothing says whether the teacher helped them: "
+            f"{', '.join(bare)} (evidence.baselines: all trains them)."
         )
     if shared := about["texts_in_train_and_test"]:
         found.append(f"{shared} texts of the test rows stand word for word in the training rows.")

@@ -1,76 +1,129 @@
 """From values per position to one loss: mask, temperature squared, counts and weights, once.
 
 The mean is over all counted positions of an optimizer step. Counts are known before any forward,
-so the gradient does not depend on how the step is cut into micro-batches.
+so the gradient does not depend on how the step is cut into micro-batches (but for `dist`, which
+compares the examples of a micro-batch with each other).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.losses.divergence import cross_entropy, forward_kl
+from limbeck.losses.batchwise import dist
+from limbeck.losses.divergence import (
+    akl,
+    cross_entropy,
+    dkd,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    standardize,
+    tvd,
+)
+from limbeck.losses.ranking import ranking
 from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
+from limbeck.temperature import Fixed, Temperature
 from limbeck.types import Batch, DenseTargets, LossTerm, Need, Signal, SparseTargets
+
+# Those that need nothing but two distributions run on K + 1 outcomes as well.
+_OF_DISTRIBUTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl, "tvd": tvd, "akl": akl,
+}  # fmt: skip
+_OF_LOGITS: Mapping[str, Callable[..., Tensor]] = {
+    **_OF_DISTRIBUTIONS, "dist": dist, "ranking": ranking,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """soft_weight * T^2 * KL(teacher || student at T) + hard_weight * cross-entropy, as given.
+    """soft_weight * T^2 * D(teacher, student at T) + hard_weight * cross-entropy, as given.
 
     From sampled signals the soft term is the teacher's cross-entropy, whose gradient is the KL's in
     expectation: its value stays above 0 by the teacher's entropy, which a sample does not tell.
     """
 
-    temperature: float = 1.0
+    temperature: Temperature = field(default_factory=lambda: Fixed(1.0))
     soft_weight: float = 0.0
     hard_weight: float = 1.0
+    divergence: str = "forward_kl"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the divergence's own
+    standardized: bool = False  # both sides' logits, before the temperature
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the teacher must provide; empty where there is nothing to learn from it."""
         return frozenset({Need.LOGITS}) if self.soft_weight else frozenset()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms."""
+        return ("soft",) * bool(self.soft_weight) + ("hard",) * bool(self.hard_weight)
+
     def count(self, batches: Sequence[Batch]) -> Tensor:
         """Counted positions of a whole optimizer step. () int64."""
         return torch.stack([batch.mask.sum() for batch in batches]).sum()
 
-    def terms(self, student: Signal, teacher: Signal, batch: Batch) -> dict[str, LossTerm]:
-        """Each part with its weight, summed over the batch's counted positions."""
+    def terms(
+        self, student: Signal, teacher: Signal, batch: Batch, *, done: float = 0.0
+    ) -> dict[str, LossTerm]:
+        """Each part with its weight, summed over the batch's counted positions.
+
+        `done` is the share of the training that is behind, for a temperature that changes.
+        """
         assert student.logits is not None
         # Positions that do not count are left out here, once: whatever stands in them, NaN say,
         # has no value and no gradient.
-        logits = student.logits[batch.mask]  # (P, V)
+        logits, labels = student.logits[batch.mask], batch.labels[batch.mask]  # (P, V), (P,)
         terms = {}
         if self.soft_weight:
-            # the soft targets' gradient shrinks as 1/T^2 (Hinton et al. 2015, sec. 2)
-            scale = self.soft_weight * self.temperature**2
-            terms["soft"] = _sum(self._soft(logits, _targets(teacher, batch)) * scale)
+            soft = self._soft(logits, labels, _targets(teacher, batch), done)
+            terms["soft"] = _sum(soft * self.soft_weight)
         if self.hard_weight:
-            per_position = cross_entropy(logits, batch.labels[batch.mask])
-            terms["hard"] = _sum(per_position * self.hard_weight)
+            terms["hard"] = _sum(cross_entropy(logits, labels) * self.hard_weight)
         return terms
 
-    def _soft(self, logits: Tensor, targets: DenseTargets | SparseTargets) -> Tensor:
-        """(P, V) -> (P,): KL(teacher || student) at the temperature, or what is known of it."""
-        if isinstance(targets, DenseTargets):
-            teacher = targets.logits.to(logits.device)
-            return forward_kl(logits, teacher, temperature=self.temperature)
-        assert targets.temperature == self.temperature, "targets of another temperature"
+    def _soft(
+        self, logits: Tensor, labels: Tensor, targets: DenseTargets | SparseTargets, done: float
+    ) -> Tensor:
+        """(P, V) -> (P,), times T^2: the gradient of soft targets shrinks as 1 / T^2.
+
+        (Hinton et al. 2015, 1503.02531, sec. 2.)
+        """
+        if isinstance(targets, SparseTargets):
+            return self._sparse(logits, targets)
+        teacher = targets.logits.to(logits.device)
+        if self.standardized:
+            logits, teacher = standardize(logits), standardize(teacher)
+        t = self.temperature.at(done, teacher)
+        if self.divergence == "dkd":
+            value = dkd(logits, teacher, labels, temperature=t, **self.settings)
+        else:
+            value = _OF_LOGITS[self.divergence](logits, teacher, temperature=t, **self.settings)
+        return value * t**2
+
+    def _sparse(self, logits: Tensor, targets: SparseTargets) -> Tensor:
+        t = targets.temperature
+        assert t == self.temperature.fixed, "targets of another temperature"
         ids, probs = targets.ids.to(logits.device), targets.probs.to(logits.device)
         if targets.kind == "sampled":
-            return sampled_cross_entropy(logits, ids, probs, temperature=self.temperature)
+            return sampled_cross_entropy(logits, ids, probs, temperature=t) * t**2
+        divergence = partial(_OF_DISTRIBUTIONS[self.divergence], **self.settings)
         tail = targets.tail.to(logits.device)
-        return sparse_divergence(
-            forward_kl, logits, ids, probs, tail, temperature=self.temperature
-        )
+        return sparse_divergence(divergence, logits, ids, probs, tail, temperature=t) * t**2
 
-    def total(self, terms: Mapping[str, LossTerm], count: Tensor) -> Tensor:
-        """This micro-batch's share of the step's mean. ()."""
-        return torch.stack([term.total for term in terms.values()]).sum() / count.clamp_min(1)
+
+def total(terms: Mapping[str, LossTerm], count: Tensor) -> dict[str, Tensor]:
+    """Each term's share of the step's mean. () each."""
+    return {name: term.total / count.clamp_min(1) for name, term in terms.items()}
 
 
 def _targets(teacher: Signal, batch: Batch) -> DenseTargets | SparseTargets:

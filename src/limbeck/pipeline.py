@@ -3,7 +3,8 @@
     recipe -> sources -> data -> budgets -> teacher -> signals -> space -> plan -> distil -> export
            -> measure -> report
 
-`stages` and `evaluation` (and with them torch) are imported only by a stage that really runs.
+`stages`, `teaching` and `evaluation` (and with them torch) are imported only by a stage that really
+runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import rebase
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run
-from limbeck.signals.choose import codec_settings
+from limbeck.signals.choose import codec_settings, refuse_unserved
 from limbeck.sources import fetch
 
 
@@ -102,6 +103,7 @@ class _Lazily:
 
 
 stages: Any = _Lazily("limbeck.stages")
+teaching: Any = _Lazily("limbeck.teaching")
 evaluation: Any = _Lazily("limbeck.evaluation")
 
 
@@ -150,10 +152,12 @@ class _Still:
         """Its settings, the temperature among them only where it has to know it."""
         recipe, about = self.recipe, data.json("data.json")
         num_rows = about["rows"]["train"]
-        return codec_settings(
-            recipe.signals, temperature=recipe.distill.temperature,
+        settings = codec_settings(
+            recipe.signals, temperature=recipe.distill.temperature.fixed,
             vocab_size=len(about["labels"]), rows=num_rows, positions=num_rows,
         )  # fmt: skip
+        refuse_unserved(recipe.distill, settings["codec"])
+        return settings
 
     def signals(self, teacher: Made, data: Made, codec: Mapping[str, Any]) -> Made:
         recipe = self.recipe
@@ -218,17 +222,28 @@ class _Still:
         base = [spec["shape"], teacher.digest, space.digest, data.digest, recipe.seed, recipe.task]
         training = recipe.training_of(student)
 
-        def make(at: Path, *, signals: Path | None, start: str) -> None:
+        def make(at: Path, *, signals: Path | None, start: str, t: float | None = None) -> None:
             shape = stages.read_plan(plan.folder).shape
-            stages.distil(
+            teaching.distil(
                 at, recipe, student, shape, teacher.folder, space.folder, signals, data.folder,
-                self.progress, start=start,
+                self.progress, start=start, temperature=t,
             )  # fmt: skip
 
         soft = recipe.distill.model_dump(exclude={"training"})
+        taught = [*base, training, soft, signals.digest]
+        tried = chosen = None
+        if recipe.distill.temperature.candidates:
+            tried = self.run.stage(
+                f"{top}/temperature", taught,
+                lambda at: teaching.choose_temperature(
+                    at, recipe, student, stages.read_plan(plan.folder).shape, teacher.folder,
+                    space.folder, signals.folder, data.folder, self.progress,
+                ),
+            )  # fmt: skip
+            chosen = tried.json("temperature.json")["chosen"]
         model = self.run.stage(
-            f"{top}/hf", [*base, training, soft, signals.digest],
-            partial(make, signals=signals.folder, start="prefix"),
+            f"{top}/hf", [*taught, chosen],
+            partial(make, signals=signals.folder, start="prefix", t=chosen),
         )  # fmt: skip
         member = self._measured(student.name, model, data, recipe.export.primary)
         assert member.measured is not None and original.measured is not None
@@ -241,7 +256,7 @@ class _Still:
         if self._needs_baselines(student, plans):
             baselines["untaught"] = self._baseline(
                 student, "untaught", base, data,
-                lambda at: stages.untaught(
+                lambda at: teaching.untaught(
                     at, recipe, stages.read_plan(plan.folder).shape, teacher.folder, space.folder,
                     data.folder,
                 ),
@@ -253,7 +268,7 @@ class _Still:
                 )  # fmt: skip
         return Member(
             name=student.name, primary=member.primary, model=model, onnx=member.onnx,
-            measured=mine, plan=plan, compared=compared, baselines=baselines,
+            measured=mine, plan=plan, compared=compared, tried=tried, baselines=baselines,
         )  # fmt: skip
 
     def _baseline(

@@ -57,7 +57,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     rows = _training_rows(recipe, len(table.texts))
     sizes = {"vocab_size": len(labels), "rows": rows, "positions": rows}
     settings = codec_settings(
-        recipe.signals, temperature=recipe.distill.temperature, **sizes
+        recipe.signals, temperature=recipe.distill.temperature.fixed, **sizes
     )
     progress.say("timing the teacher")
     return Plan(
@@ -94,7 +94,7 @@ def _signal_costs(
     teacher = (time.perf_counter() - start) / (len(logits) * _BATCH)  # s an example
     others: list[dict[str, Any]] = [
         {"codec": "dense", "dtype": "fp16"}, {"codec": "topk", "k": 32},
-        {"codec": "sampled", "n": 24, "temperature": recipe.distill.temperature},
+        {"codec": "sampled", "n": 24, "temperature": recipe.distill.temperature.fixed or 1.0},
     ]  # fmt: skip
     found = []
     for settings in (chosen, *(o for o in others if described(o) != described(chosen))):

@@ -10,12 +10,9 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     StringConstraints,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -23,26 +20,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from limbeck.errors import RecipeError
+from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Format = Literal["hf", "onnx-fp32", "onnx-int8"]
-
-
-class Spec(BaseModel):
-    """Frozen, and nothing unknown gets in."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"{value} is not allowed: here true and false mean nothing")
-        return value
 
 
 class Source(Spec):
@@ -112,88 +94,11 @@ class DataSpec(Spec):
         return self
 
 
-class TrainingSpec(Spec):
-    """One training run: AdamW, linear warm-up, linear decay to zero."""
-
-    epochs: float = Field(gt=0, le=1000)
-    """Passes over the training rows; fractions are allowed."""
-    batch_size: int = Field(32, ge=1)
-    """Examples per optimizer step, over all devices and micro-batches."""
-    learning_rate: float = Field(gt=0, lt=1)
-    """Peak."""
-    warmup_fraction: float = Field(0.1, ge=0, le=1)
-    """Share of the steps over which the learning rate rises."""
-    weight_decay: float = Field(0.01, ge=0)
-    """AdamW's; never on biases and norms."""
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    """Each layer further from the output learns this much slower; 1 is no difference."""
-    head_factor: float = Field(1.0, gt=0, le=100)
-    """What stands behind the last layer learns this much faster."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient is clipped to this global norm."""
-
-
 class TeacherSpec(Spec):
     model: Source
     """A model folder or hub id that transformers' Auto classes load."""
     tune: TrainingSpec | None = None
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
-
-
-class DenseSpec(Spec):
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Of a stored logit."""
-
-
-class TopKSpec(Spec):
-    k: int = Field(32, ge=1)
-    """How many of the largest logits are stored."""
-    values: Literal["fp16", "bf16", "int8"] = "fp16"
-    """How a logit is stored."""
-    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = None
-    """For which the mass outside of the k is stored. Default: `distill.temperature` alone."""
-
-
-class SampledSpec(Spec):
-    n: int = Field(24, ge=1, lt=2**16)
-    """How many different ids are drawn at a position."""
-    draws: Literal["distinct", "systematic", "independent"] = "distinct"
-    """How. `distinct` has the least variance; `independent` is the paper's."""
-    importance_temperature: float = Field(1.0, gt=0, le=2)
-    """Ids are drawn by p to this power; 1 is best but for experiments."""
-
-
-class SignalsSpec(Spec):
-    """How the teacher's answers are stored; one of dense, topk and sampled, or none of them:
-    every logit for up to 4,096 classes, a sample for more."""
-
-    dense: DenseSpec | None = None
-    """Every logit. Serves any temperature."""
-    topk: TopKSpec | None = None
-    """The largest logits, and how much mass the others have: a biased target, in few bytes."""
-    sampled: SampledSpec | None = None
-    """A random sample whose gradient is right in expectation, in fewer bytes. Serves one
-    temperature."""
-    max_gb: float | None = Field(None, gt=0)
-    """Choose the codec of least error that takes at most this many 10^9 bytes."""
-
-    @model_validator(mode="after")
-    def _one_at_most(self) -> Self:
-        given = [n for n in ("dense", "topk", "sampled", "max_gb") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ValueError(f"`{given[0]}` and `{given[1]}`: at most one of them")
-        return self
-
-
-class DistillSpec(Spec):
-    temperature: float = Field(2.0, gt=0, le=100)
-    """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
-    soft_weight: float = Field(1.0, gt=0)
-    """Factor of KL(teacher || student), as given."""
-    hard_weight: float = Field(0.5, ge=0)
-    """Factor of the cross-entropy with the hard labels, as given."""
-    training: TrainingSpec
-    """Every student's training run, and its baselines'."""
 
 
 class BudgetSpec(Spec):
@@ -300,16 +205,18 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _temperature_is_captured(self) -> Self:
-        topk = self.signals.topk
-        if topk and topk.temperatures and self.distill.temperature not in topk.temperatures:
+        topk, fixed = self.signals.topk, self.distill.temperature.fixed
+        if topk and topk.temperatures and fixed and fixed not in topk.temperatures:
             raise ValueError(
-                f"`signals.topk.temperatures` lacks {self.distill.temperature:g}: a list with "
+                f"`signals.topk.temperatures` lacks {fixed:g}: a list with "
                 "`distill.temperature` in it"
             )
         return self
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Self:
+        if self.distill.balance != "fixed" and not self.distill.hard_weight:
+            raise ValueError("`distill.balance` has no effect with one term: fixed, or hard_weight")
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"

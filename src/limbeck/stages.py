@@ -8,20 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from limbeck import runtime
 from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_from_json, axes_to_json
 from limbeck.architecture.cut import (
-    build_student,
     keep_layers,
     shape_parameters,
-    sort_units,
     student_config,
 )
 from limbeck.architecture.importance import importance, load_importance
@@ -34,7 +32,6 @@ from limbeck.architecture.plan import (
 )
 from limbeck.architecture.probe import example_inputs, find_axes
 from limbeck.architecture.proof import prove_axes
-from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.export.folder import save_folder
 from limbeck.export.onnx import export_onnx, quantize_int8
@@ -55,18 +52,17 @@ from limbeck.run import file_sha256, write_json, write_text
 from limbeck.signals import capture as signal_capture
 from limbeck.signals.choose import reason
 from limbeck.signals.codecs import codec_from_settings
-from limbeck.signals.origins import origins
-from limbeck.signals.store import MANIFEST, open_store
+from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
+from limbeck.step import Training
 from limbeck.tasks.text_classification import TextClassification
 from limbeck.teachers.live import LiveTeacher
-from limbeck.teachers.stored import NoTeacher, StoredTeacher
-from limbeck.train import Training, train
-from limbeck.types import Batch, Cost, Shape, StudentPlan, Teacher
+from limbeck.teachers.stored import NoTeacher
+from limbeck.teaching import signal_origins, validator
+from limbeck.train import train
+from limbeck.types import Cost, Shape, StudentPlan
 
-Start = Literal["prefix", "random"]
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
-_VALIDATION_ROWS = 256  # for the curves; drawn at random, the same for all
 
 prepare_torch()
 
@@ -86,7 +82,7 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
             spec=recipe.teacher.tune,
             seed=recipe.seed,
             title="teacher",
-            validate=_validator(task, recipe.seed),
+            validate=validator(task, recipe.seed),
         )
         _show_example(task, progress)
         train(classifier, training, folder, progress)
@@ -114,7 +110,7 @@ def capture(
     sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
     signal_capture.capture(
-        live_teacher(teacher, task), rows, folder, made_from=_origins(recipe, teacher, data),
+        live_teacher(teacher, task), rows, folder, made_from=signal_origins(recipe, teacher, data),
         codec=codec_from_settings(settings), seed=recipe.seed, progress=progress,
         provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
     )  # fmt: skip
@@ -129,15 +125,11 @@ def verify_signals(run: Path, num_rows: int) -> Verification:
     """A run's signals against its own teacher and rows. Raises DataError where they are others."""
     recipe, _ = load_recipe(run)
     teacher, data = run / "teacher/hf", run / "data"
-    open_store(run / "signals", made_from=_origins(recipe, teacher, data))
+    open_store(run / "signals", made_from=signal_origins(recipe, teacher, data))
     task = TextClassification(data)
     return verify(
         run / "signals", live_teacher(teacher, task), task.rows("train"), num_rows=num_rows
     )
-
-
-def _origins(recipe: Recipe, teacher: Path, data: Path) -> dict[str, Any]:
-    return origins(teacher, data / "train.parquet", max_tokens=recipe.task.max_tokens)
 
 
 def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progress) -> None:
@@ -259,70 +251,6 @@ def read_plan(folder: Path) -> StudentPlan:
     )
 
 
-def distil(
-    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
-    signals: Path | None, data: Path, progress: Progress, *, start: Start = "prefix",
-) -> None:  # fmt: skip
-    """Train one student from the teacher's signals, or without them from hard labels only."""
-    task = TextClassification(data)
-    model = _student(recipe, shape, teacher, survey, task, start)
-    if signals is None:
-        source: Teacher = NoTeacher()
-        objective = Objective(hard_weight=1.0)
-    else:
-        spec = recipe.distill
-        objective = Objective(
-            temperature=spec.temperature,
-            soft_weight=spec.soft_weight,
-            hard_weight=spec.hard_weight,
-        )
-        store = open_store(signals, made_from=_origins(recipe, teacher, data))
-        source = StoredTeacher(store, file_sha256(signals / MANIFEST), spec.temperature)
-    what = "" if signals else f", hard labels, {start} start"
-    training = Training(
-        rows=task.rows("train"),
-        teacher=source,
-        objective=objective,
-        spec=recipe.training_of(student),
-        seed=recipe.seed,
-        title=f"{student.name}{what}",
-        validate=_validator(task, recipe.seed),
-    )
-    train(model, training, folder, progress)
-    _save(model, recipe, teacher, folder, task)
-
-
-def untaught(
-    folder: Path, recipe: Recipe, shape: Shape, teacher: Path, survey: Path, data: Path
-) -> None:
-    """The sorted prefix as it is cut."""
-    task = TextClassification(data)
-    _save(_student(recipe, shape, teacher, survey, task, "prefix"), recipe, teacher, folder, task)
-
-
-def _save(
-    model: nn.Module, recipe: Recipe, teacher: Path, folder: Path, task: TextClassification
-) -> None:
-    save_folder(
-        cast(PreTrainedModel, model), teacher, folder, labels=task.labels,
-        max_tokens=recipe.task.max_tokens,
-    )  # fmt: skip
-
-
-def _student(
-    recipe: Recipe, shape: Shape, teacher: Path, survey: Path, task: TextClassification,
-    start: Start,
-) -> nn.Module:  # fmt: skip
-    model = load_classifier(teacher, task.labels, where="teacher")
-    axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
-    torch.manual_seed(recipe.seed)
-    if start == "random":
-        return build_classifier(student_config(model.config, axes, shape))
-    scores = load_importance(survey / "importance.safetensors")
-    state = sort_units(model.state_dict(), axes, scores.units)
-    return build_student(model.config, build_classifier, axes, shape, state)
-
-
 def export(
     folder: Path, recipe: Recipe, model: Path, data: Path, formats: Sequence[str], *,
     draft: bool = False,
@@ -348,19 +276,6 @@ def _write_onnx(
         if "onnx-fp32" not in formats:
             paths["onnx-fp32"].unlink()
     return paths
-
-
-def _validator(task: TextClassification, seed: int) -> Any:
-    rows = task.rows("validation").sample(_VALIDATION_ROWS, seed=seed)
-
-    def validate(model: nn.Module) -> float:
-        @torch.inference_mode()
-        def right(batch: Batch) -> int:
-            return int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
-
-        return sum(on_each(right, rows.batches(32))) / len(rows)
-
-    return validate
 
 
 def _show_example(task: TextClassification, progress: Progress) -> None:

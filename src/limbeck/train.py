@@ -10,61 +10,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limbeck.cores import on_each, shares
 from limbeck.errors import RecipeError
 from limbeck.models import no_dropout
-from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
-from limbeck.tasks.text_classification import Rows, order
-from limbeck.types import Batch, LossTerm, Signal, Teacher
+from limbeck.step import Found, Step, Training, start_balance
 
 _LOG_EVERY = 10  # steps
+_LOOKS = 20  # times in a training that the terms' gradients are held against each other
+_BALANCE_RATE = 0.02  # learning rate of what a balance learns
 _SAVE_EVERY = 20.0  # seconds; what a kill can cost at most
 LOG = "training.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What a training run is, apart from the model."""
-
-    rows: Rows
-    teacher: Teacher
-    objective: Objective
-    spec: TrainingSpec
-    seed: int
-    title: str
-    validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.spec.epochs * len(self.rows) / self.spec.batch_size))
-
-    def positions(self, step: int) -> list[int]:
-        """Rows of this optimizer step: epoch after epoch, each in its own order."""
-        n, size = len(self.rows), self.spec.batch_size
-        found: list[int] = []
-        at = step * size
-        while len(found) < size:
-            epoch, offset = divmod(at + len(found), n)
-            take = min(size - len(found), n - offset)
-            found += order(n, seed=self.seed, epoch=epoch)[offset : offset + take].tolist()
-        return found
-
-    def batches(self, step: int) -> list[Batch]:
-        """The step's rows in shares that are worked on side by side."""
-        at = self.positions(step)
-        return [self.rows.batch(at[s.start : s.stop]) for s in shares(len(at))]
 
 
 def train(model: nn.Module, training: Training, folder: Path, progress: Progress) -> None:
@@ -77,33 +41,41 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     """
     spec, objective = training.spec, training.objective
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(_groups(trainable, spec), betas=(0.9, 0.98), fused=True)
-    log = _Log(folder / LOG)
-    checkpoint = _Checkpoint(folder, trainable, optimizer)
-    first = checkpoint.load()
-    log.rewind(first)
     no_dropout(model)
     model.train()
+    step_of = Step(model, training, [*trainable.values()])
+    step_of.balance = balance = start_balance(step_of, folder)
+    learnt = dict(balance.named_parameters())
+    groups = _groups(trainable, spec)
+    if learnt:
+        groups.append({"params": [*learnt.values()], "peak": _BALANCE_RATE, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    log = _Log(folder / LOG)
+    checkpoint = _Checkpoint(folder, trainable | learnt, optimizer)
+    first = checkpoint.load()
+    log.rewind(first)
     saved = shown = time.monotonic()
+    logged = first
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
-            batches = training.batches(step)
-            count = objective.count(batches)
-            backward = partial(_backward, model, list(trainable.values()), training, count)
-            gradients, terms = zip(*on_each(backward, batches), strict=True)
-            _add_up(trainable.values(), gradients)
+            done = step + 1
+            look = len(objective.names) > 1 and done % max(1, training.steps // _LOOKS) == 0
+            found = step_of(step, look=look)
+            for parameter, gradient in zip(step_of.parameters, found.gradient, strict=True):
+                parameter.grad = gradient
             torch.nn.utils.clip_grad_norm_(trainable.values(), spec.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, training.steps, spec)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.advance(1)
-            done = step + 1
-            if done % _LOG_EVERY == 0 or done in quarters:
-                point = _point(training, done, terms, int(count))
+            if look or done % _LOG_EVERY == 0 or done in quarters:
+                point = _point(training, done, found)
                 now = time.monotonic()
-                point["examples_per_s"] = round(_LOG_EVERY * spec.batch_size / (now - shown), 1)
+                rate = (done - logged) * spec.batch_size / (now - shown)
+                point["examples_per_s"] = round(rate, 1)
+                logged = done
                 if done in quarters and training.validate is not None:
                     model.eval()
                     point["validation"] = training.validate(model)
@@ -117,39 +89,21 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     checkpoint.remove()
 
 
-def _backward(
-    model: nn.Module, parameters: list[Tensor], training: Training, count: Tensor, batch: Batch
-) -> tuple[tuple[Tensor | None, ...], dict[str, LossTerm]]:
-    """One share of a step: gradients of its part of the mean, and the terms it is made of."""
-    objective = training.objective
-    target = training.teacher.signal(batch, objective.needs)
-    output = Signal(logits=model(**batch.inputs).logits)
-    terms = objective.terms(output, target, batch)
-    loss = objective.total(terms, count)
-    return torch.autograd.grad(loss, parameters, allow_unused=True), terms
-
-
-def _add_up(parameters: Iterable[Tensor], shares: Sequence[Sequence[Tensor | None]]) -> None:
-    """Sums in the order of the shares, so that the same step gives the same bytes."""
-    for parameter, *parts in zip(parameters, *shares, strict=True):
-        if parts[0] is not None:
-            # never in place, and a copy where there is one share: autograd may hand out one tensor
-            # as the gradient of two parameters
-            parameter.grad = reduce(torch.add, parts) if len(parts) > 1 else parts[0].clone()
-
-
-def _point(
-    training: Training, step: int, shares: Sequence[Mapping[str, LossTerm]], count: int
-) -> dict[str, float]:
+def _point(training: Training, step: int, found: Found) -> dict[str, float]:
     """A line of the log: the loss and each of its terms, means over the step."""
-    terms = {name: sum(s[name].total.item() for s in shares) / count for name in shares[0]}
-    loss = sum(terms.values())
+    loss = sum(found.terms.values())
     if not math.isfinite(loss):
         raise RecipeError(
             f"{training.title}, step {step}", f"the loss is {loss}", allowed="a finite number",
             fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
         )  # fmt: skip
-    return {"step": step, "loss": loss, **terms}
+    point: dict[str, float] = {"step": step, "loss": loss, **found.terms}
+    point |= {f"{name}_gradient": norm for name, norm in found.norms.items()}
+    if found.cosine is not None:
+        point["cosine"] = found.cosine
+    if training.balance != "fixed":
+        point |= {f"{name}_weight": weight for name, weight in found.weights.items()}
+    return point
 
 
 def _schedule(step: int, steps: int, spec: TrainingSpec) -> float:

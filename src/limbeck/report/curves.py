@@ -28,7 +28,8 @@ class Bar:
 
 
 def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
-    """One model's losses above, its validation quality below, against the optimizer's steps."""
+    """One model's losses, the gradients of their parts and the angle between them, and its
+    validation quality, against the optimizer's steps."""
     losses = {key: series(points, key) for key in LOSSES}
     losses = {key: pairs for key, pairs in losses.items() if pairs}
     validation = series(points, "validation")
@@ -45,8 +46,27 @@ def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
                 f'<g><title>{escape(title)}</title><path class="curve {key}" d="{line}"/></g>'
             )
         bottom = 142.0
+    norms = {key: series(points, f"{key}_gradient") for key in ("soft", "hard")}
+    cosine = series(points, "cosine")
+    if cosine:
+        values = [0.0, *(y for pairs in norms.values() for _, y in pairs)]
+        top, bottom = bottom + 22, bottom + 98
+        body += _frame(top, bottom, values, "gradients", ticks=3)
+        for key, pairs in norms.items():
+            line = _path(pairs, last, _scale(values, top, bottom))
+            title = f"{name}: norm of the gradient of {LOSSES[key]}, {pairs[0][1]:.3g} to " \
+                f"{pairs[-1][1]:.3g}"
+            body.append(
+                f'<g><title>{escape(title)}</title><path class="curve {key}" d="{line}"/></g>'
+            )
+        top, bottom = bottom + 22, bottom + 88
+        body += _frame(top, bottom, [-1.0, 0.0, 1.0], "cosine", ticks=3)
+        least = min(y for _, y in cosine)
+        title = f"{name}: cosine between the two gradients, at least {least:.2f}"
+        line = _path(cosine, last, _scale([-1.0, 1.0], top, bottom))
+        body.append(f'<g><title>{escape(title)}</title><path class="curve loss" d="{line}"/></g>')
     if validation:
-        top = bottom + 22 if losses else bottom
+        top = bottom + 22 if losses or cosine else bottom
         bottom = top + 76
         percents = [(x, 100 * y) for x, y in validation]
         values = [y for _, y in percents]

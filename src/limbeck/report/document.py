@@ -263,6 +263,16 @@ class TrainingPoint(Spec):
     """The part from the teacher's soft targets, weight included."""
     hard: float | None = None
     """The part from the hard labels, weight included."""
+    soft_gradient: float | None = None
+    """Norm of the soft part's gradient, at a few steps."""
+    hard_gradient: float | None = None
+    """Norm of the hard part's gradient, at the same steps."""
+    cosine: float | None = Field(None, ge=-1.001, le=1.001)
+    """Between the two parts' gradients: below 0 they pull against each other."""
+    soft_weight: float | None = None
+    """The balance's factor of the soft part, where it is not fixed."""
+    hard_weight: float | None = None
+    """The balance's factor of the hard part, where it is not fixed."""
     examples_per_s: float | None = None
     """Training speed."""
     validation: float | None = None

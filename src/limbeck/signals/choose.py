@@ -9,20 +9,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from limbeck.errors import RecipeError
-from limbeck.recipe import SignalsSpec
+from limbeck.recipe_teaching import DistillSpec, SignalsSpec
 
 # Up to here a position's logits in fp16 take 8 kB at most: no reason to leave anything out.
 _DENSE_CLASSES = 4096
+# What needs two distributions and nothing else runs on "each of the k, or any other" as well.
+_OF_OUTCOMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "akl")
 _BYTES_PER_ROW = 16 + 32  # id and count in the shard, four numbers in the index
 
 
 def codec_settings(
-    spec: SignalsSpec, *, temperature: float, vocab_size: int, rows: int, positions: int
+    spec: SignalsSpec, *, temperature: float | None, vocab_size: int, rows: int, positions: int
 ) -> dict[str, Any]:
     """As `codec_from_settings` takes them. Raises RecipeError where nothing fits `max_gb`.
 
     Without a codec in the recipe: all logits in fp16 for up to 4,096 classes, else a sample, whose
-    gradient is unbiased (top-k's is not: it must be asked for).
+    gradient is unbiased (top-k's is not: it must be asked for). `temperature` is None where it is
+    not one number; only a dense codec can do without.
     """
     for name in ("dense", "topk", "sampled"):
         asked = getattr(spec, name)
@@ -44,16 +47,37 @@ def codec_settings(
     )  # fmt: skip
 
 
-def _ladder(temperature: float) -> Iterator[dict[str, Any]]:
+def refuse_unserved(distill: DistillSpec, codec: str) -> None:
+    """Raises RecipeError for a loss that needs more than the signals of this codec hold."""
+    kind = distill.divergence.kind
+    allowed = {"topk": _OF_OUTCOMES, "sampled": ("forward_kl",)}.get(codec, (kind,))
+    if kind not in allowed:
+        raise RecipeError(
+            "recipe.distill.divergence", f"{kind!r} with '{codec}' signals",
+            allowed=", ".join(allowed), fix="choose one of these, or signals: {dense: {}}",
+        )  # fmt: skip
+    if distill.standardize and codec != "dense":
+        raise RecipeError(
+            "recipe.distill.standardize", f"needs every logit, and signals are '{codec}'",
+            allowed="false", fix="leave it out, or signals: {dense: {}}",
+        )  # fmt: skip
+
+
+def _ladder(temperature: float | None) -> Iterator[dict[str, Any]]:
     """From the least error to the fewest bytes (benchmarks/signals.py)."""
     yield _served("dense", {"dtype": "fp16"}, temperature)
     for n in (50, 24, 12, 8):
         yield _served("sampled", {"n": n}, temperature)
 
 
-def _served(codec: str, settings: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+def _served(codec: str, settings: Mapping[str, Any], temperature: float | None) -> dict[str, Any]:
     """With the temperatures that the codec has to be told before the capture."""
     found = {"codec": codec, **settings}
+    if codec != "dense" and temperature is None:
+        raise RecipeError(
+            "recipe.distill.temperature", f"is not one number, and '{codec}' signals serve one",
+            allowed="a number", fix="give a number, or signals: {dense: {}}",
+        )  # fmt: skip
     if codec == "topk":
         found["temperatures"] = list(found.get("temperatures") or [temperature])
     if codec == "sampled":
