@@ -72,8 +72,8 @@ def capture(monkeypatch):
 
     def run(folder, made_from=MADE_FROM, teacher=None, codec=CODECS["dense"], seed=0):
         capturing.capture(
-            teacher or Mouth(), RowsOf(), folder, made_from=made_from, progress=Silent(),
-            codec=codec, seed=seed,
+            teacher or Mouth(), RowsOf(), {folder: codec}, made_from=made_from,
+            progress=Silent(), seed=seed,
         )  # fmt: skip
         return folder
 
@@ -299,8 +299,8 @@ def test_two_ranks_give_the_bytes_of_one(capture, tmp_path, monkeypatch, cut):
         "import sys; from pathlib import Path;"
         "sys.path.insert(0, sys.argv[1]); import test_store as t;"
         "t.capturing._SHARD, t.capturing._BATCH = 16, 5;"
-        "t.capturing.capture(t.Mouth(), t.RowsOf(), Path(sys.argv[2]), made_from=t.MADE_FROM,"
-        " progress=t.Silent(), codec=t.CODECS['dense'])"
+        "t.capturing.capture(t.Mouth(), t.RowsOf(), {Path(sys.argv[2]): t.CODECS['dense']},"
+        " made_from=t.MADE_FROM, progress=t.Silent())"
     )
     ranks = [
         subprocess.Popen(
@@ -338,7 +338,7 @@ def test_reading_a_large_store_takes_flat_memory(tmp_path, monkeypatch):
             return Signal(logits=batch.example_ids[:, None].float().expand(-1, width))
 
     capturing.capture(
-        Wide(), Many(), tmp_path, made_from=MADE_FROM, codec=Dense("fp32"), progress=Silent()
+        Wide(), Many(), {tmp_path: Dense("fp32")}, made_from=MADE_FROM, progress=Silent()
     )
     store = open_store(tmp_path)
     order = torch.randperm(rows)

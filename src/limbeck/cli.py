@@ -170,11 +170,13 @@ def _signals(arguments: argparse.Namespace) -> None:
         if found is None:
             print("teacher             not at hand: a run has it beside its signals")
             return
+        print(f"asked again         {found.positions:,} positions\n"
+              f"largest difference  {found.largest_difference:.3g}")  # fmt: skip
+        if found.gradient_error is None:
+            return
         kl = "none: a sample is no distribution" if found.kl is None else f"{found.kl:.3g} nats"
         score = "" if found.bias_score is None else f", {found.bias_score:.1f} standard errors"
-        print(f"asked again         {found.positions:,} positions\n"
-              f"largest difference  {found.largest_difference:.3g}\n"
-              f"total variation     {found.total_variation:.3g}\n"
+        print(f"total variation     {found.total_variation:.3g}\n"
               f"KL                  {kl}\n"
               f"gradient            off by {found.gradient_error:.3g} of its length, "
               f"of that bias {found.gradient_bias:.3g}{score}")  # fmt: skip

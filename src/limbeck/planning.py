@@ -18,7 +18,7 @@ from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
 from limbeck.signals.choose import codec_settings, described, reason, store_bytes
-from limbeck.signals.codecs import bytes_per_position, codec_from_settings
+from limbeck.signals.codecs import bytes_per_position, logit_codec
 from limbeck.sources import fetch
 from limbeck.tasks.tables import read_table
 from limbeck.types import Plan, Shape, SignalsCost
@@ -98,7 +98,7 @@ def _signal_costs(
     ]  # fmt: skip
     found = []
     for settings in (chosen, *(o for o in others if described(o) != described(chosen))):
-        codec = codec_from_settings(settings)
+        codec = logit_codec(settings)
         start = time.perf_counter()
         codec.encode(logits[0], keys, 0)
         encode = (time.perf_counter() - start) / _BATCH / cores()

@@ -51,7 +51,7 @@ from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256, write_json, write_text
 from limbeck.signals import capture as signal_capture
 from limbeck.signals.choose import reason
-from limbeck.signals.codecs import codec_from_settings
+from limbeck.signals.codecs import logit_codec
 from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
@@ -110,8 +110,8 @@ def capture(
     sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
     signal_capture.capture(
-        live_teacher(teacher, task), rows, folder, made_from=signal_origins(recipe, teacher, data),
-        codec=codec_from_settings(settings), seed=recipe.seed, progress=progress,
+        live_teacher(teacher, task), rows, {folder: logit_codec(settings)},
+        made_from=signal_origins(recipe, teacher, data), seed=recipe.seed, progress=progress,
         provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ class Need(StrEnum):
     LOGITS = "logits"
     HIDDEN = "hidden"
     EMBEDDING = "embedding"
+    TEXT = "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Batch:
     labels: Tensor  # (B,) or (B, T) int64 hard labels, aligned with the logits
     mask: Tensor  # (B,) or (B, T) bool: True where the position counts; P of them
     example_ids: Tensor  # (B,) int64, stable across epochs: the key into a signal store
+    views: Tensor | None = None  # (B, K) float64: what a random augmentation drew, to be replayed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,7 @@ class Signal:
     targets: DenseTargets | SparseTargets | None = None  # of the batch's P counted positions
     hidden: Mapping[str, Tensor] = field(default_factory=dict)  # module name -> (B, T, D)
     embedding: Tensor | None = None  # (B, D)
+    texts: tuple[str, ...] = ()  # B completions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.cores import on_each
 from limbeck.errors import DataError
 from limbeck.progress import Progress
-from limbeck.signals.codecs import Codec
+from limbeck.signals.codecs import AnyCodec, VectorCodec
 from limbeck.signals.store import Encoded, Writer
 from limbeck.types import Batch, Need, Teacher
 
@@ -32,45 +32,53 @@ class Rows(Protocol):
 def capture(
     teacher: Teacher,
     rows: Rows,
-    folder: Path,
+    stores: Mapping[Path, AnyCodec],
     *,
     made_from: Mapping[str, Any],
-    codec: Codec,
     progress: Progress,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what the teacher says at every counted position of every row.
+    """Ask the teacher about every row once, and write what it says by each codec into its folder.
 
     Continues behind the shards that are there. Under torchrun each rank writes every
     `world`-th shard; any number of ranks gives the same bytes. `provenance` (licences, versions) is
     kept beside the signals. Raises what `Writer` does.
     """
-    if Need.LOGITS not in teacher.provides:
+    needs = frozenset(_need(codec) for codec in stores.values())
+    if not needs <= teacher.provides:
         raise DataError(
             "teacher", f"provides {', '.join(sorted(teacher.provides)) or 'nothing'}",
-            allowed="logits", fix="choose another teacher",
+            allowed=", ".join(sorted(needs)), fix="choose another teacher, or store less of it",
         )  # fmt: skip
-    ask = partial(_ask, teacher, rows, codec, seed)
     with _ranks() as (rank, world, barrier):
-        with Writer(folder, made_from, codec, seed=seed).open(rank=rank) as writer:
+        with ExitStack() as opened:
+            writers = [
+                opened.enter_context(Writer(folder, made_from, codec, seed=seed).open(rank=rank))
+                for folder, codec in stores.items()
+            ]
+            ask = partial(_ask, teacher, rows, [*stores.values()], needs, seed)
             mine = range(rank, -(-len(rows) // _SHARD), world)
-            done = sum(s["rows"] for number, s in writer.shards.items() if number in mine)
-            total = sum(min(_SHARD, len(rows) - number * _SHARD) for number in mine)
+            left = [n for n in mine if any(n not in writer.shards for writer in writers)]
+            ends = {number: min((number + 1) * _SHARD, len(rows)) for number in mine}
+            sizes = {number: end - number * _SHARD for number, end in ends.items()}
+            total = sum(sizes.values())
+            done = total - sum(sizes[number] for number in left)
             with progress.bar("capture", total, "examples", done=done) as bar:
-                for number in mine:
-                    if number in writer.shards:
-                        continue
-                    end = min((number + 1) * _SHARD, len(rows))
-                    starts = range(number * _SHARD, end, _BATCH)
+                for number in left:
+                    starts = range(number * _SHARD, ends[number], _BATCH)
+                    batches = (range(s, min(s + _BATCH, ends[number])) for s in starts)
                     parts = []
-                    for part in on_each(ask, (range(s, min(s + _BATCH, end)) for s in starts)):
+                    for part in on_each(ask, batches):
                         parts.append(part)
-                        bar.advance(len(part.example_ids))
-                    writer.write(number, parts)
+                        bar.advance(len(part[0].example_ids))
+                    for writer, own in zip(writers, zip(*parts, strict=True), strict=True):
+                        if number not in writer.shards:
+                            writer.write(number, own)
             barrier()
             if rank == 0:
-                writer.finish(provenance or {})
+                for writer in writers:
+                    writer.finish(provenance or {})
         barrier()
 
 
@@ -81,18 +89,36 @@ def keys_of(batch: Batch) -> Tensor:
     return torch.stack([ids[mask], (mask.cumsum(1) - 1)[mask]], 1)
 
 
-def _ask(teacher: Teacher, rows: Rows, codec: Codec, seed: int, positions: range) -> Encoded:
+def _need(codec: AnyCodec) -> Need:
+    return codec.need if isinstance(codec, VectorCodec) else Need.LOGITS
+
+
+def _ask(
+    teacher: Teacher, rows: Rows, codecs: Sequence[AnyCodec], needs: frozenset[Need],
+    seed: int, positions: range,
+) -> list[Encoded]:  # fmt: skip
+    """The signals of a few rows, by each codec."""
     batch = rows.batch(positions)
-    logits = teacher.signal(batch, frozenset({Need.LOGITS})).logits
-    assert logits is not None
-    logits = logits[batch.mask]  # (P, V)
-    fields = codec.encode(logits, keys_of(batch), seed)
-    return Encoded(
-        example_ids=batch.example_ids,
-        counts=batch.mask.reshape(len(batch.mask), -1).sum(1),
-        fields={name: values.cpu() for name, values in fields.items()},
-        vocab_size=logits.shape[1],
-    )
+    signal = teacher.signal(batch, needs)
+    found = []
+    for codec in codecs:
+        vocab_size = None
+        if isinstance(codec, VectorCodec):
+            fields, counts = codec.encode_signal(signal, batch, seed)
+        else:
+            assert signal.logits is not None
+            logits = signal.logits[batch.mask]  # (P, V)
+            vocab_size = logits.shape[1]
+            fields = codec.encode(logits, keys_of(batch), seed)
+            counts = batch.mask.reshape(len(batch.mask), -1).sum(1)
+        fields = {name: values.cpu() for name, values in fields.items()}
+        found.append(
+            Encoded(
+                example_ids=batch.example_ids, counts=counts, fields=fields,
+                vocab_size=vocab_size, views=batch.views,
+            )
+        )
+    return found
 
 
 @contextmanager

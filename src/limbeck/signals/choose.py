@@ -15,13 +15,13 @@ from limbeck.recipe_teaching import DistillSpec, SignalsSpec
 _DENSE_CLASSES = 4096
 # What needs two distributions and nothing else runs on "each of the k, or any other" as well.
 _OF_OUTCOMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "akl")
-_BYTES_PER_ROW = 16 + 32  # id and count in the shard, four numbers in the index
+_BYTES_PER_ROW = 16 + 40  # id and count in the shard, five numbers in the index
 
 
 def codec_settings(
     spec: SignalsSpec, *, temperature: float | None, vocab_size: int, rows: int, positions: int
 ) -> dict[str, Any]:
-    """As `codec_from_settings` takes them. Raises RecipeError where nothing fits `max_gb`.
+    """As `logit_codec` takes them. Raises RecipeError where nothing fits `max_gb`.
 
     Without a codec in the recipe: all logits in fp16 for up to 4,096 classes, else a sample, whose
     gradient is unbiased (top-k's is not: it must be asked for). `temperature` is None where it is
@@ -89,9 +89,9 @@ def store_bytes(
     settings: Mapping[str, Any], *, vocab_size: int, rows: int, positions: int
 ) -> int:
     """Bytes on disk, but for headers and manifest (some hundred bytes a shard)."""
-    from limbeck.signals.codecs import bytes_per_position, codec_from_settings
+    from limbeck.signals.codecs import bytes_per_position, logit_codec
 
-    width = bytes_per_position(codec_from_settings(settings), vocab_size)
+    width = bytes_per_position(logit_codec(settings), vocab_size)
     return positions * width + rows * _BYTES_PER_ROW
 
 
@@ -99,9 +99,9 @@ def reason(
     spec: SignalsSpec, settings: Mapping[str, Any], *, vocab_size: int, rows: int, positions: int
 ) -> str:
     """One sentence: what is stored, why, and what it takes."""
-    from limbeck.signals.codecs import bytes_per_position, codec_from_settings
+    from limbeck.signals.codecs import bytes_per_position, logit_codec
 
-    width = bytes_per_position(codec_from_settings(settings), vocab_size)
+    width = bytes_per_position(logit_codec(settings), vocab_size)
     size = store_bytes(settings, vocab_size=vocab_size, rows=rows, positions=positions)
     takes = f"{width:,} bytes a position, {_megabytes(size)} for {positions:,}"
     if any(getattr(spec, name) is not None for name in ("dense", "topk", "sampled")):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from limbeck.signals.dense import Dense
 from limbeck.signals.sampled import Sampled
 from limbeck.signals.targets import Targets
 from limbeck.signals.topk import TopK
+from limbeck.signals.vectors import Embedding, Hidden, Text
 
 
 class Codec(Protocol):
@@ -49,20 +50,27 @@ class Codec(Protocol):
         ...
 
 
-CODECS: Mapping[str, type[Dense] | type[TopK] | type[Sampled]] = {
+LogitCodec = Dense | TopK | Sampled  # each a `Codec`
+VectorCodec = Hidden | Embedding | Text
+AnyCodec = LogitCodec | VectorCodec
+
+CODECS: Mapping[str, type[AnyCodec]] = {
     "dense": Dense,
     "topk": TopK,
     "sampled": Sampled,
+    "hidden": Hidden,
+    "embedding": Embedding,
+    "text": Text,
 }
 
 
-def settings_of(codec: Codec) -> dict[str, Any]:
+def settings_of(codec: AnyCodec) -> dict[str, Any]:
     """For a manifest, as JSON can hold it: {"codec": "topk", "k": 32, ...}."""
-    settings = {"codec": codec.name, **asdict(cast(Any, codec))}
+    settings = {"codec": codec.name, **asdict(codec)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
-def codec_from_settings(settings: Mapping[str, Any]) -> Dense | TopK | Sampled:
+def codec_from_settings(settings: Mapping[str, Any]) -> AnyCodec:
     """The inverse of `settings_of`; left-out settings take their defaults. Raises RecipeError."""
     given = dict(settings)
     name = given.pop("codec", None)
@@ -76,6 +84,13 @@ def codec_from_settings(settings: Mapping[str, Any]) -> Dense | TopK | Sampled:
             allowed=f"one of {', '.join(known)}",
         )
     return CODECS[name](**given)
+
+
+def logit_codec(settings: Mapping[str, Any]) -> LogitCodec:
+    """As `codec_from_settings`, of a codec that is known to be for logits."""
+    codec = codec_from_settings(settings)
+    assert isinstance(codec, LogitCodec), f"{codec.name} is not for logits"
+    return codec
 
 
 def bytes_per_position(codec: Codec, vocab_size: int) -> int:

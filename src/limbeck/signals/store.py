@@ -34,14 +34,21 @@ from torch import Tensor
 from limbeck.errors import DataError, RunFolderError
 from limbeck.recipe_file import differences
 from limbeck.run import damaged, file_sha256, read_index, replaced, require_sha256, write_json
-from limbeck.signals.codecs import Codec, bytes_per_position, codec_from_settings, settings_of
+from limbeck.signals.codecs import (
+    AnyCodec,
+    VectorCodec,
+    codec_from_settings,
+    settings_of,
+)
 from limbeck.signals.targets import Targets
+from limbeck.signals.vectors import Embedding, Hidden, Text
 
 SCHEMA = 2
 MANIFEST, INDEX, PROVENANCE = "manifest.json", "index.safetensors", "provenance.json"
 _CAPTURE = "capture.json"
 _ABOUT = ("schema", "made_from", "codec", "seed")
 _TOTALS = ("vocab_size", "rows", "positions", "bytes_per_position", "index_sha256", "shards")
+_OF_ROWS = ("example_ids", "counts", "views")  # of a shard's tensors; the others are the codec's
 _SHARD_KEYS = {"number", "file", "rows", "positions", "vocab_size", "sha256"}
 
 
@@ -52,7 +59,8 @@ class Encoded:
     example_ids: Tensor  # (n,) int64
     counts: Tensor  # (n,) int64, positions of each; P together
     fields: Mapping[str, Tensor]  # the codec's, (P, width) each
-    vocab_size: int
+    vocab_size: int | None  # None where there are no classes
+    views: Tensor | None = None  # (n, K) float64, see `Batch.views`
 
 
 class Writer:
@@ -64,7 +72,7 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, made_from: Mapping[str, Any], codec: Codec, *, seed: int = 0
+        self, folder: Path, made_from: Mapping[str, Any], codec: AnyCodec, *, seed: int = 0
     ) -> None:
         self.folder, self.codec, self.seed = folder, codec, seed
         self.made_from = dict(made_from)
@@ -115,7 +123,11 @@ class Writer:
     def write(self, number: int, parts: Sequence[Encoded]) -> None:
         """One shard, on disk when this returns."""
         path = self.folder / f"shard-{number:05d}.safetensors"
-        columns = [{"example_ids": p.example_ids, "counts": p.counts, **p.fields} for p in parts]
+        columns = []
+        for part in parts:
+            views = {} if part.views is None else {"views": part.views}
+            own = {"example_ids": part.example_ids, "counts": part.counts}
+            columns.append({**own, **views, **part.fields})
         tensors = {
             name: torch.cat([part[name] for part in columns]).contiguous() for name in columns[0]
         }
@@ -150,7 +162,7 @@ class Writer:
             "vocab_size": vocab_size,
             "rows": sum(s["rows"] for s in shards),
             "positions": sum(s["positions"] for s in shards),
-            "bytes_per_position": bytes_per_position(self.codec, vocab_size),
+            "bytes_per_position": _width(self.folder, shards),
             "index_sha256": file_sha256(self.folder / INDEX),
             "shards": shards,
         }
@@ -171,16 +183,24 @@ def refuse_others(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any
 
 def _index(folder: Path, shards: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Sorted by example id: all (N,)."""
-    ids, counts, first, number = [], [], [], []
+    ids, counts, first, number, row = [], [], [], [], []
     for shard in shards:
         tensors = load_file(folder / shard["file"])
         ids.append(tensors["example_ids"])
         counts.append(tensors["counts"])
         first.append(counts[-1].cumsum(0) - counts[-1])
         number.append(torch.full_like(ids[-1], shard["number"]))
+        row.append(torch.arange(len(ids[-1])))
     order = torch.cat(ids).argsort(stable=True)
-    columns = {"example_ids": ids, "shard": number, "first": first, "count": counts}
+    columns = {"example_ids": ids, "shard": number, "row": row, "first": first, "count": counts}
     return {name: torch.cat(parts)[order].contiguous() for name, parts in columns.items()}
+
+
+def _width(folder: Path, shards: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of one position's fields: the same in all shards."""
+    tensors = load_file(folder / shards[0]["file"])
+    fields = {k: t for k, t in tensors.items() if k not in _OF_ROWS}
+    return sum(t.element_size() * t.shape[1] for t in fields.values())
 
 
 @dataclass
@@ -189,9 +209,10 @@ class Store:
 
     folder: Path
     manifest: Mapping[str, Any]
-    codec: Codec
+    codec: AnyCodec
     index: Mapping[str, np.ndarray]
     _shards: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _views: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index["example_ids"])
@@ -227,8 +248,20 @@ class Store:
                 fields[name][target] = stored[source]
         return fields, torch.from_numpy(counts)
 
+    def vectors(self, example_ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """(B,) -> each layer's vectors (P, D) float32, or the embedding's; counts (B,)."""
+        assert isinstance(self.codec, Hidden | Embedding), f"{self.codec.name} are no vectors"
+        fields, counts = self.take(example_ids)
+        return self.codec.vectors(fields), counts
+
+    def texts(self, example_ids: Tensor) -> list[str]:
+        """(B,) -> B completions."""
+        assert isinstance(self.codec, Text), f"{self.codec.name} are no text"
+        return self.codec.texts(*self.take(example_ids))
+
     def targets(self, example_ids: Tensor, temperature: float) -> Targets:
         """(B,) -> P positions' targets, one example's behind the other's."""
+        assert not isinstance(self.codec, VectorCodec), "these are no distributions"
         fields, _ = self.take(example_ids)
         return self.codec.decode(fields, self.vocab_size, temperature)
 
@@ -239,9 +272,26 @@ class Store:
             tensors = load_file(self.folder / shard["file"])  # mapped: pages come when touched
             self._shards[number] = {
                 name: values for name, values in tensors.items()
-                if name not in ("example_ids", "counts")
+                if name not in _OF_ROWS
             }  # fmt: skip
+            if "views" in tensors:
+                self._views[number] = tensors["views"]
         return self._shards[number]
+
+    def views(self, example_ids: Tensor) -> Tensor:
+        """(B,) -> (B, K) float64: what was drawn for the views that the teacher saw.
+
+        Raises DataError where the teacher saw the examples as they are.
+        """
+        at = np.searchsorted(self.index["example_ids"], example_ids.numpy())
+        self.take(example_ids)  # checks the ids, opens their shards
+        if not self._views:
+            raise DataError(
+                str(self.folder), "its teacher saw no augmented views",
+                allowed="signals of augmented views", fix="use the examples as they are",
+            )  # fmt: skip
+        places = zip(self.index["shard"][at], self.index["row"][at], strict=True)
+        return torch.stack([self._views[int(shard)][int(row)] for shard, row in places])
 
 
 def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from limbeck.errors import DataError
 from limbeck.run import read_index, require_sha256
 from limbeck.signals.capture import keys_of
-from limbeck.signals.codecs import Codec
+from limbeck.signals.codecs import Codec, LogitCodec, Text, VectorCodec
 from limbeck.signals.errors import Gradients, bias_of, distances, topk_weights
 from limbeck.signals.store import INDEX, MANIFEST, PROVENANCE, Store, open_store, read_manifest
 from limbeck.types import Batch, DenseTargets, Need, SparseTargets, Teacher
@@ -31,14 +31,18 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Means over the positions that were computed again. Gradients are a half-taught student's."""
+    """Means over the positions that were computed again. Gradients are a half-taught student's.
+
+    Of hidden states, embeddings and text only the largest difference is known (text: 1 where any
+    byte differs).
+    """
 
     positions: int
     largest_difference: float  # of a stored logit (dense) or probability, against the teacher now
-    total_variation: float  # teacher against what is decoded (top-k: tail spread evenly)
+    total_variation: float | None  # teacher against what is decoded (top-k: tail spread evenly)
     kl: float | None  # nats, teacher || decoded; None for samples: they are no distribution
-    gradient_error: float  # rms over positions, as a share of the dense gradient's length
-    gradient_bias: float  # the same of the mean over draws, less what noise explains
+    gradient_error: float | None  # rms over positions, as a share of the dense gradient's length
+    gradient_bias: float | None  # the same of the mean over draws, less what noise explains
     bias_score: float | None  # the bias in standard errors; None: there is no noise, all is bias
 
 
@@ -59,6 +63,8 @@ def verify(
     Raises DamagedError for a file that is not as it was written, DataError where a row is missing.
     """
     store = open_store(folder)
+    if not isinstance(store.codec, LogitCodec):
+        return _same_again(store, teacher, rows, num_rows, seed)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]
     temperature = (store.codec.temperatures or (1.0,))[0]
     logits, keys, ids = [], [], []
@@ -79,10 +85,39 @@ def verify(
     return _compared(store, now, at, then, temperature)
 
 
+def _same_again(
+    store: Store, teacher: Teacher, rows: Rows, num_rows: int, seed: int
+) -> Verification:
+    """What the codec stores of the teacher now, against what is stored."""
+    codec = store.codec
+    assert isinstance(codec, VectorCodec)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_rows]
+    largest, positions = 0.0, 0
+    for part in drawn.split(_CHUNK):
+        batch = rows.batch(part.tolist())
+        said = teacher.signal(batch, frozenset({codec.need}))
+        now, counts = codec.encode_signal(said, batch, store.manifest["seed"])
+        then, stored = store.take(batch.example_ids)
+        positions += int(counts.sum())
+        for name, values in now.items():
+            if values.shape != then[name].shape or not torch.equal(counts, stored):
+                largest = float("inf")
+            elif len(values):
+                apart = (values.float() - then[name].float()).abs().max()
+                largest = max(largest, float(apart))
+    if isinstance(codec, Text):
+        largest = float(largest > 0)
+    return Verification(
+        positions=positions, largest_difference=largest, total_variation=None, kl=None,
+        gradient_error=None, gradient_bias=None, bias_score=None,
+    )  # fmt: skip
+
+
 def _compared(
     store: Store, logits: Tensor, keys: Tensor, stored: DenseTargets | SparseTargets, t: float
 ) -> Verification:
     codec, seed = store.codec, store.manifest["seed"]
+    assert isinstance(codec, LogitCodec)
     p = (logits.double() / t).softmax(-1)
     gradients = Gradients(p, (logits.double() / (2 * t)).softmax(-1))
     if isinstance(stored, DenseTargets):
@@ -144,7 +179,7 @@ def described(folder: Path) -> dict[str, str]:
         "codec": f"{manifest['codec']['codec']}: "
         + ", ".join(f"{k} {json.dumps(v)}" for k, v in codec.items()),
         "rows": f"{manifest['rows']:,}, {manifest['positions']:,} positions, "
-        f"{manifest['vocab_size']:,} classes",
+        + (f"{manifest['vocab_size']:,} classes" if manifest["vocab_size"] else "no classes"),
         "bytes": f"{manifest['bytes_per_position']:,} a position, {size / 1e6:,.2f} MB in "
         f"{len(manifest['shards'])} shards",
         "schema": str(manifest["schema"]),

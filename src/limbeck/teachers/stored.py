@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from limbeck.signals.codecs import LogitCodec
 from limbeck.signals.store import Store
 from limbeck.signals.targets import check_served
 from limbeck.types import Batch, Need, Signal
@@ -19,9 +20,11 @@ class StoredTeacher:
     provides: frozenset[Need] = frozenset({Need.LOGITS})
 
     def __post_init__(self) -> None:
-        served = self.store.codec.temperatures
+        codec = self.store.codec
+        assert isinstance(codec, LogitCodec), f"{codec.name} are no distributions"
+        served = codec.temperatures
         if served is not None:
-            check_served(self.store.codec.name, self.temperature, served)
+            check_served(codec.name, self.temperature, served)
 
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:  # noqa: ARG002 logits only
         return Signal(targets=self.store.targets(batch.example_ids, self.temperature))
