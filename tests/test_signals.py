@@ -130,3 +130,13 @@ def test_damage_is_found_and_another_teacher_refused(run, capsys):
     assert "made_from" not in capsys.readouterr().out
     assert main(["signals", "info", str(run / "data")]) == 2
     assert "manifest.json" in capsys.readouterr().err
+
+
+def test_another_temperature_and_another_student_are_taught_from_the_same_capture(run, quick):
+    before = {p: p.read_bytes() for p in (run / "signals").iterdir()}
+    change = ["--set", "distill.temperature=3", "--set", "students.one.budget.params=9000"]
+    assert main(["distill", str(run), "--out", str(run), *change]) == 0
+    stages = json.loads((run / "report.json").read_text())["stages"]
+    reused = {stage["name"]: stage["reused"] for stage in stages}
+    assert reused["signals"] and reused["teacher/hf"] and not reused["students/one/hf"]
+    assert {p: p.read_bytes() for p in (run / "signals").iterdir()} == before
