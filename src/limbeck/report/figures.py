@@ -133,6 +133,9 @@ def training_figures(report: Report) -> str:
         (f'<path class="curve {k}" d="M0 8h22"/>', f"loss: {LOSSES[k]}, mean per example")
         for k in shown
     ]
+    if any(p.cosine is not None for p in found):
+        note = "gradients: norm of each part's; cosine below 0: the parts pull against each other"
+        marks.append(('<path class="curve loss" d="M0 8h22"/>', note))
     if any(p.validation is not None for p in found):
         marks.append(
             ('<circle class="dot validation" cx="11" cy="8" r="4"/>', "validation quality")
