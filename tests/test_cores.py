@@ -124,3 +124,18 @@ def test_each_cores_thread_computes_alone_even_if_torch_was_told_otherwise_befor
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "{1}\n"
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    code = (
+        "import os, signal\n"
+        "from limbeck.cores import on_each\n"
+        "assert [*on_each(abs, [-1, -2])] == [1, 2]\n"
+        "signal.alarm(20)\n"
+        "if not os.fork():\n"
+        "    assert [*on_each(abs, [-3, -4])] == [3, 4]\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "7\n"

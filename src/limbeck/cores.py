@@ -59,6 +59,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores(), thread_name_prefix="core", initializer=_compute_alone)
 
 
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has the pool, not its threads
+
+
 def _compute_alone() -> None:
     """torch keeps a number of threads for each thread; one that began earlier keeps its own."""
     if torch := sys.modules.get("torch"):
