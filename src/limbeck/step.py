@@ -64,10 +64,9 @@ class Found:
     """Of one optimizer step, all shares together."""
 
     gradient: list[Tensor | None]  # of each parameter, the balance's own last
-    terms: dict[str, float]  # means over the step
+    terms: dict[str, Tensor]  # means over the step, () each: read where they are wanted only
     norms: dict[str, float]  # of each term's gradient, where that was looked at
     cosine: float | None  # between the two terms' gradients
-    weights: dict[str, float]  # the balance's factor of each term
 
 
 class Step:
@@ -90,28 +89,26 @@ class Step:
         share = partial(self._share, step / training.steps, count, separate)
         shares = [*on_each(share, batches)]
         terms = {
-            name: sum(s[2][name].total.item() for s in shares) / int(count) for name in shares[0][2]
+            name: torch.stack([s[2][name].total.detach() for s in shares]).sum() / count
+            for name in shares[0][2]
         }
-        norms, cosine, by_term = {}, None, {}
+        norms: dict[str, float] = {}
+        by_term: dict[str, list[Tensor]] = {}
+        cosine = None
         if separate:
-            by_term = {n: _added([s[1][n] for s in shares]) for n in terms}
-            flat = {n: torch.cat([g.flatten() for g in gs if g is not None])
-                    for n, gs in by_term.items()}  # fmt: skip
+            for name in terms:
+                sums = _added([s[1][name] for s in shares])
+                by_term[name] = [_dense(g, p) for g, p in zip(sums, self.weights, strict=True)]
+            flat = {n: torch.cat([g.flatten() for g in gs]) for n, gs in by_term.items()}
             norms = {n: float(g.norm()) for n, g in flat.items()}
             if len(flat) == 2:
                 a, b = flat.values()
                 cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
         if isinstance(balance, UPGrad):
-            gradient: list[Tensor | None] = [
-                *balance.combined([[_dense(g, p) for g, p in zip(gs, self.weights, strict=True)]
-                                   for gs in by_term.values()])
-            ]  # fmt: skip
+            gradient: list[Tensor | None] = [*balance.combined([*by_term.values()])]
         else:
             gradient = _added([s[0] for s in shares])
-        return Found(
-            gradient=gradient, terms=terms, norms=norms, cosine=cosine,
-            weights=balance.weights([*terms]),
-        )  # fmt: skip
+        return Found(gradient=gradient, terms=terms, norms=norms, cosine=cosine)
 
     def _share(self, done: float, count: Tensor, separate: bool, batch: Batch) -> Any:
         """(gradients, each term's gradients, terms) of one share of a step."""

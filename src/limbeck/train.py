@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from limbeck.balance import Balance
 from limbeck.errors import RecipeError
 from limbeck.models import no_dropout
 from limbeck.progress import Progress
@@ -71,7 +72,7 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
             optimizer.zero_grad(set_to_none=True)
             bar.advance(1)
             if look or done % _LOG_EVERY == 0 or done in quarters:
-                point = _point(training, done, found)
+                point = _point(training, done, found, balance)
                 now = time.monotonic()
                 rate = (done - logged) * spec.batch_size / (now - shown)
                 point["examples_per_s"] = round(rate, 1)
@@ -89,20 +90,21 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     checkpoint.remove()
 
 
-def _point(training: Training, step: int, found: Found) -> dict[str, float]:
+def _point(training: Training, step: int, found: Found, balance: Balance) -> dict[str, float]:
     """A line of the log: the loss and each of its terms, means over the step."""
-    loss = sum(found.terms.values())
+    terms = {name: float(term) for name, term in found.terms.items()}
+    loss = sum(terms.values())
     if not math.isfinite(loss):
         raise RecipeError(
             f"{training.title}, step {step}", f"the loss is {loss}", allowed="a finite number",
             fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
         )  # fmt: skip
-    point: dict[str, float] = {"step": step, "loss": loss, **found.terms}
+    point: dict[str, float] = {"step": step, "loss": loss, **terms}
     point |= {f"{name}_gradient": norm for name, norm in found.norms.items()}
     if found.cosine is not None:
         point["cosine"] = found.cosine
     if training.balance != "fixed":
-        point |= {f"{name}_weight": weight for name, weight in found.weights.items()}
+        point |= {f"{n}_weight": weight for n, weight in balance.weights([*terms]).items()}
     return point
 
 
