@@ -87,7 +87,7 @@ def temperature_of_entropy(logits: Tensor, share: float) -> Tensor:
     logits = at_least_fp32(logits.detach())
     wanted = share * torch.tensor(float(logits.shape[-1])).log()
     low = torch.full(logits.shape[:-1], _LOW, device=logits.device).log()
-    high = torch.full_like(low, _HIGH).copy_(torch.full_like(low, _HIGH).log())
+    high = torch.full_like(low, _HIGH).log()
     shifted = logits - logits.amax(-1, keepdim=True)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

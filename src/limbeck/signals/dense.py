@@ -11,9 +11,7 @@ from torch import Tensor
 
 from limbeck.errors import DataError
 from limbeck.signals.blocks import check_rows, in_chunks
-from limbeck.signals.targets import DenseTargets, check_setting
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from limbeck.signals.targets import FLOATS, DenseTargets, check_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +23,7 @@ class Dense:
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        holds = self.dtype in _DTYPES
+        holds = self.dtype in FLOATS
         check_setting("dense", "dtype", self.dtype, "fp16, bf16 or fp32", holds=holds)
 
     @property
@@ -34,14 +32,14 @@ class Dense:
         return
 
     def fields(self, vocab_size: int) -> dict[str, tuple[torch.dtype, int]]:
-        return {"logits": (_DTYPES[self.dtype], vocab_size)}
+        return {"logits": (FLOATS[self.dtype], vocab_size)}
 
     def encode(self, logits: Tensor, keys: Tensor, seed: int = 0) -> dict[str, Tensor]:  # noqa: ARG002
         """(P, V), (P, 2). Raises DataError for NaN, +inf, or what fp16 cannot hold."""
         return in_chunks(self._encode, logits, keys)
 
     def _encode(self, logits: Tensor, keys: Tensor) -> dict[str, Tensor]:
-        stored = logits.to(_DTYPES[self.dtype])
+        stored = logits.to(FLOATS[self.dtype])
         # a finite logit below fp16's range becomes -inf, the same probability: 0
         if not stored.amax(-1).isfinite().all():
             check_rows(logits.amax(-1), keys)

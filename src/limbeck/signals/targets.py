@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from limbeck.errors import DataError, RecipeError
 from limbeck.types import DenseTargets, SparseTargets
 
 Targets = DenseTargets | SparseTargets
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_served(codec: str, temperature: float, served: Sequence[float]) -> None:

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from limbeck.errors import DataError
 from limbeck.signals.draws import uniforms
-from limbeck.signals.targets import check_setting
+from limbeck.signals.targets import FLOATS, check_setting
 from limbeck.types import Batch, Need, Signal
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +138,7 @@ def scattered(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _stored(values: Tensor, dtype: str, what: str) -> Tensor:
-    stored = values.to(_DTYPES[dtype])
+    stored = values.to(FLOATS[dtype])
     if not stored.isfinite().all():
         raise DataError(
             "teacher", f"its {what} signals hold {values.abs().max():g} or NaN",
@@ -151,4 +149,4 @@ def _stored(values: Tensor, dtype: str, what: str) -> Tensor:
 
 
 def _check_dtype(codec: str, dtype: str) -> None:
-    check_setting(codec, "dtype", dtype, "fp16, bf16 or fp32", holds=dtype in _DTYPES)
+    check_setting(codec, "dtype", dtype, "fp16, bf16 or fp32", holds=dtype in FLOATS)

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import DataError
 from limbeck.run import read_index, require_sha256
-from limbeck.signals.capture import keys_of
+from limbeck.signals.capture import Rows, keys_of
 from limbeck.signals.codecs import Codec, LogitCodec, Text, VectorCodec
 from limbeck.signals.errors import Gradients, bias_of, distances, topk_weights
 from limbeck.signals.store import INDEX, MANIFEST, PROVENANCE, Store, open_store, read_manifest
-from limbeck.types import Batch, DenseTargets, Need, SparseTargets, Teacher
+from limbeck.types import DenseTargets, Need, SparseTargets, Teacher
 
 _DRAWS = 50  # of a sample, to tell its bias from its noise
 _CHUNK = 32  # examples
-
-
-class Rows(Protocol):
-    def __len__(self) -> int: ...
-
-    def batch(self, positions: Sequence[int]) -> Batch: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
