@@ -71,8 +71,9 @@ def curve(seed: int, last: float, soft: bool) -> tuple[TrainingPoint, ...]:
         at = last * (1 - math.exp(-(i + 4) / 12))
         points.append(
             TrainingPoint(
-                step=10 * i, loss=kd + 0.5 * ce if soft else ce, soft=kd if soft else None,
-                hard=0.5 * ce if soft else None, examples_per_s=240 + noise.gauss(0, 9),
+                step=10 * i, loss=kd + 0.5 * ce if soft else ce,
+                terms={"soft": kd, "hard": 0.5 * ce} if soft else {"hard": ce},
+                examples_per_s=240 + noise.gauss(0, 9),
                 validation=at if i % 12 == 11 else None,
             )
         )  # fmt: skip

@@ -74,7 +74,7 @@ def test_a_look_changes_nothing_and_sees_each_term():
     torch.testing.assert_close(flat(soft.gradient) + flat(hard.gradient), flat(seen.gradient))
     assert seen.norms["soft"] == pytest.approx(float(flat(soft.gradient).norm()), rel=1e-5)
     cosine = torch.cosine_similarity(flat(soft.gradient), flat(hard.gradient), dim=0)
-    assert seen.cosine == pytest.approx(float(cosine), abs=1e-5)
+    assert seen.cosines["soft", "hard"] == pytest.approx(float(cosine), abs=1e-5)
 
 
 def test_calibrated_brings_the_norms_to_the_ratio_of_the_weights_and_stays_there(tmp_path):
@@ -104,7 +104,7 @@ def test_uncertainty_starts_at_the_sum_and_learns_its_weights(tmp_path):
     model = Model()
     train(model, training("uncertainty"), tmp_path, Silent())
     last = json.loads((tmp_path / LOG).read_text().splitlines()[-1])
-    assert last["hard_weight"] != 1.0 and last["soft_weight"] != 1.0
+    assert last["weights"]["hard"] != 1.0 and last["weights"]["soft"] != 1.0
     assert not any("variance" in name for name in model.state_dict()), "never saved in the student"
 
 
@@ -134,10 +134,11 @@ def test_a_training_teaches_and_logs_the_terms(tmp_path, balance):
         pytest.importorskip("torchjd")
     train(Model(), training(balance), tmp_path, Silent())
     points = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
-    assert points[-1]["soft"] < 0.95 * points[0]["soft"]
-    looks = [p for p in points if "cosine" in p]
+    assert points[-1]["terms"]["soft"] < 0.95 * points[0]["terms"]["soft"]
+    looks = [p for p in points if "cosines" in p]
     assert len(looks) >= 15
-    assert all(-1.001 <= p["cosine"] <= 1.001 and p["soft_gradient"] > 0 for p in looks)
+    assert all(-1.001 <= p["cosines"]["soft, hard"] <= 1.001 for p in looks)
+    assert all(p["gradients"]["soft"] > 0 for p in looks)
 
 
 @pytest.mark.parametrize("balance", ["calibrated", "uncertainty"])

@@ -83,7 +83,7 @@ class Teacher:
 def test_a_step_does_not_depend_on_the_number_of_shares(tmp_path, monkeypatch, count):
     from limbeck.progress import Silent
 
-    def cut(n: int) -> list[range]:
+    def cut(n: int, *_, **__) -> list[range]:
         ends = [n * i // count for i in range(count + 1)]
         return [range(a, b) for a, b in itertools.pairwise(ends)]
 
@@ -109,7 +109,7 @@ def test_a_step_does_not_depend_on_the_number_of_shares(tmp_path, monkeypatch, c
         monkeypatch.setattr(torch.optim.AdamW, "step", original)
         return seen
 
-    whole, parts = trained(lambda n: [range(n)]), trained(cut)
+    whole, parts = trained(lambda n, *_, **__: [range(n)]), trained(cut)
     assert whole.keys() == parts.keys()
     far = max((whole[k] - parts[k]).abs().max() for k in whole)
     assert far < 1e-6 * max(g.abs().max() for g in whole.values()) + 1e-7

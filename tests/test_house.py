@@ -10,10 +10,13 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
-    {"recipe", "recipe_teaching", "types", "progress", "_startup", "cores"},
+    {"recipe", "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses"},
     {"recipe_file"},
     {"run"},
-    {"models", "sources", "cache", "archives", "losses"},
+    {"models", "sources", "cache", "archives"},
+    {"heads"},
+    {"observe", "layermap"},
+    {"features"},
     {
         "objective", "balance", "temperature", "tasks", "signals", "teachers", "architecture",
         "energy", "linear", "report",

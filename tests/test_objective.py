@@ -56,7 +56,7 @@ def gradient(size, mask=None):
     student = logits(8, 5, seed=3).requires_grad_()
     teacher = logits(8, 5, seed=4).requires_grad_()
     whole = batch(8, mask)
-    count = OBJECTIVE.count([whole])
+    count = OBJECTIVE.counts([whole])
     for start in range(0, 8, size):
         at = slice(start, start + size)
         part = Batch(inputs={}, labels=whole.labels[at], mask=whole.mask[at],

@@ -264,7 +264,7 @@ def test_linear_axis_holds_the_values_and_has_ticks(values) -> None:
 @settings(max_examples=30, deadline=None)
 def test_long_curves_are_thinned_and_keep_their_end_and_mean(steps) -> None:
     points = [TrainingPoint(step=i, loss=float(i % 7)) for i in range(1, steps + 1)]
-    drawn = series(points, "loss")
+    drawn = series(points, lambda p: p.loss)
     assert len(drawn) <= 150 and drawn[-1][0] == steps
     assert min(y for _, y in drawn) >= 0 and max(y for _, y in drawn) <= 6
 

@@ -98,7 +98,7 @@ def test_a_run_from_sparse_signals_whose_signals_are_checked(tiny, tmp_path, qui
     said = capsys.readouterr().out
     assert "1 shards are as they were written" in said and "asked again" in said
     log = (out / "students/one/hf/training.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["soft"] > 0
+    assert json.loads(log[-1])["terms"]["soft"] > 0
 
 
 def test_info_says_what_was_captured(run, capsys):

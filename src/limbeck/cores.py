@@ -27,9 +27,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def shares(num_examples: int) -> list[range]:
-    """The examples of a batch in contiguous shares of like size, at most one for each core."""
-    count = max(1, min(cores(), num_examples // _LEAST))
+def shares(num_examples: int, most: int | None = None, *, on_cores: bool = True) -> list[range]:
+    """The examples of a batch in contiguous shares of like size: one for each core, as long as
+    they are not too small, and none of more than `most`."""
+    count = max(1, min(cores(), num_examples // _LEAST)) if on_cores else 1
+    if most is not None:
+        count = max(count, -(-num_examples // most))
     ends = [num_examples * i // count for i in range(count + 1)]
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 

@@ -7,7 +7,7 @@ compares the examples of a micro-batch with each other).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.features import Feature
 from limbeck.losses.batchwise import dist
 from limbeck.losses.divergence import (
     akl,
@@ -28,6 +29,7 @@ from limbeck.losses.divergence import (
     standardize,
     tvd,
 )
+from limbeck.losses.fused import Rows, Term, fused_loss
 from limbeck.losses.ranking import ranking
 from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
 from limbeck.temperature import Fixed, Temperature
@@ -57,39 +59,91 @@ class Objective:
     divergence: str = "forward_kl"
     settings: Mapping[str, Any] = field(default_factory=dict)  # the divergence's own
     standardized: bool = False  # both sides' logits, before the temperature
+    features: tuple[Feature, ...] = ()  # between hidden states, between embeddings
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the teacher must provide; empty where there is nothing to learn from it."""
-        return frozenset({Need.LOGITS}) if self.soft_weight else frozenset()
+        logits = {Need.LOGITS} if self.soft_weight else set()
+        return frozenset(logits | {feature.need for feature in self.features})
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of the terms."""
-        return ("soft",) * bool(self.soft_weight) + ("hard",) * bool(self.hard_weight)
+    def weights(self) -> dict[str, float]:
+        """Of each term, by its name."""
+        found = {"soft": self.soft_weight, "hard": self.hard_weight}
+        found |= {feature.name: feature.weight for feature in self.features}
+        return {name: weight for name, weight in found.items() if weight}
 
-    def count(self, batches: Sequence[Batch]) -> Tensor:
-        """Counted positions of a whole optimizer step. () int64."""
-        return torch.stack([batch.mask.sum() for batch in batches]).sum()
+    @property
+    def student_layers(self) -> tuple[str, ...]:
+        """Whose hidden states are compared; numbers or paths."""
+        return tuple({ours: 0 for feature in self.features for ours, _ in feature.pairs})
+
+    def counts(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """What each term's mean is over, of a whole optimizer step: () int64 each."""
+        batches = [*batches]
+        positions = torch.stack([batch.mask.sum() for batch in batches]).sum()
+        found = dict.fromkeys(self.weights, positions)
+        for feature in self.features:
+            found[feature.name] = torch.stack([feature.count(b) for b in batches]).sum()
+        return found
 
     def terms(
-        self, student: Signal, teacher: Signal, batch: Batch, *, done: float = 0.0
-    ) -> dict[str, LossTerm]:
-        """Each part with its weight, summed over the batch's counted positions.
+        self, student: Signal, teacher: Signal, batch: Batch, *, done: float = 0.0,
+        apart: bool = True,
+    ) -> dict[str, LossTerm]:  # fmt: skip
+        """Each part with its weight, summed over what it counts in the batch.
 
-        `done` is the share of the training that is behind, for a temperature that changes.
+        `done` is the share of the training that is behind, for a temperature that changes. Unless
+        the gradients are wanted `apart`, one term may carry another's too: only their plain sum
+        is then right (and a head is multiplied once, not once for each).
         """
-        assert student.logits is not None
-        # Positions that do not count are left out here, once: whatever stands in them, NaN say,
-        # has no value and no gradient.
-        logits, labels = student.logits[batch.mask], batch.labels[batch.mask]  # (P, V), (P,)
-        terms = {}
+        labels = batch.labels[batch.mask]  # (P,)
+        losses: dict[str, Callable[[Tensor, Rows], Tensor]] = {}
         if self.soft_weight:
-            soft = self._soft(logits, labels, _targets(teacher, batch), done)
-            terms["soft"] = _sum(soft * self.soft_weight)
+            targets = _targets(teacher, batch)
+            losses["soft"] = lambda logits, rows: self._soft(
+                logits, labels[rows], targets.at(rows), done
+            )
         if self.hard_weight:
-            terms["hard"] = _sum(cross_entropy(logits, labels) * self.hard_weight)
+            losses["hard"] = lambda logits, rows: cross_entropy(logits, labels[rows])
+        if student.head is not None:
+            terms = self._fused(student, batch, losses, apart=apart)
+        else:
+            assert student.logits is not None
+            # Positions that do not count are left out here, once: whatever stands in them, NaN
+            # say, has no value and no gradient.
+            logits = student.logits[batch.mask]  # (P, V)
+            terms = {
+                name: _sum(loss(logits, slice(None)) * self.weights[name])
+                for name, loss in losses.items()
+            }
+        for feature in self.features:
+            terms[feature.name] = feature(student, teacher, batch)
         return terms
+
+    def _fused(
+        self, student: Signal, batch: Batch, losses: Mapping[str, Callable], *, apart: bool
+    ) -> dict[str, LossTerm]:
+        assert student.head is not None
+        assert student.head_input is not None
+        hidden, terms = student.head_input[batch.mask], {}  # (P, D)
+        each = {
+            name: Term(loss=loss, weight=hidden.new_full((len(hidden),), self.weights[name]))
+            for name, loss in losses.items()
+        }
+        names = [*each]
+        for together in [[name] for name in names] if apart else [names]:
+            fused = fused_loss(hidden, student.head, [each[name] for name in together])
+            first, *others = together
+            rest = hidden.new_zeros((), dtype=torch.float32)
+            for name, values in zip(others, fused.values[1:], strict=True):
+                term = values.sum() * self.weights[name]
+                terms[name] = LossTerm(total=term, count=torch.tensor(len(hidden)))
+                rest = rest + term
+            # of all in value the first's share, in gradient everything
+            terms[first] = LossTerm(total=fused.total - rest, count=torch.tensor(len(hidden)))
+        return {name: terms[name] for name in names}
 
     def _soft(
         self, logits: Tensor, labels: Tensor, targets: DenseTargets | SparseTargets, done: float
@@ -121,9 +175,9 @@ class Objective:
         return sparse_divergence(divergence, logits, ids, probs, tail, temperature=t) * t**2
 
 
-def total(terms: Mapping[str, LossTerm], count: Tensor) -> dict[str, Tensor]:
+def total(terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each term's share of the step's mean. () each."""
-    return {name: term.total / count.clamp_min(1) for name, term in terms.items()}
+    return {name: term.total / counts[name].clamp_min(1) for name, term in terms.items()}
 
 
 def _targets(teacher: Signal, batch: Batch) -> DenseTargets | SparseTargets:

@@ -62,9 +62,12 @@ def distill(
         signals = still.signals(teacher, data, codec)
         space = still.space(teacher, data)
         plans = {student.name: still.plan(student, teacher, space) for student in recipe.students}
+        features = still.features(teacher, data, space, plans)
         original = still.measured_teacher(teacher, data)
         family = {
-            student.name: still.member(student, plans, teacher, signals, space, data, original)
+            student.name: still.member(
+                student, plans, teacher, signals, features, space, data, original
+            )
             for student in recipe.students
         }
         linear = still.linear(data) if recipe.evidence.linear else None
@@ -190,6 +193,26 @@ class _Still:
 
         return self.run.stage(f"students/{student.name}/plan", inputs, make)
 
+    def features(
+        self, teacher: Made, data: Made, space: Made, plans: Mapping[str, Made]
+    ) -> Made | None:
+        """Hidden states and embeddings, where students learn from them: of the layers they do."""
+        recipe, spec = self.recipe, self.recipe.distill
+        if spec.hidden is None and spec.embedding is None:
+            return None
+        what = [
+            spec.hidden and [spec.hidden.layers, spec.hidden.dtype],
+            spec.embedding and spec.embedding.dtype,
+        ]
+        shapes = {name: plan.json("plan.json")["shape"] for name, plan in plans.items()}
+        return self.run.stage(
+            "features", [teacher.digest, data.digest, space.digest, recipe.seed, what, shapes],
+            lambda at: teaching.store_features(
+                at, recipe, {n: stages.read_plan(p.folder).shape for n, p in plans.items()},
+                teacher.folder, space.folder, data.folder, self.progress,
+            ),
+        )  # fmt: skip
+
     def measured_teacher(self, teacher: Made, data: Made) -> Member:
         # Students are held against the teacher at its best, not against its own int8 file.
         primary = "onnx-fp32" if "onnx-fp32" in self.recipe.export.formats else "hf"
@@ -214,7 +237,7 @@ class _Still:
 
     def member(
         self, student: StudentSpec, plans: Mapping[str, Made], teacher: Made, signals: Made,
-        space: Made, data: Made, original: Member,
+        features: Made | None, space: Made, data: Made, original: Member,
     ) -> Member:  # fmt: skip
         recipe, top = self.recipe, f"students/{student.name}"
         plan = plans[student.name]
@@ -222,22 +245,24 @@ class _Still:
         base = [spec["shape"], teacher.digest, space.digest, data.digest, recipe.seed, recipe.task]
         training = recipe.training_of(student)
 
+        stored = features.folder if features else None
+
         def make(at: Path, *, signals: Path | None, start: str, t: float | None = None) -> None:
             shape = stages.read_plan(plan.folder).shape
             teaching.distil(
                 at, recipe, student, shape, teacher.folder, space.folder, signals, data.folder,
-                self.progress, start=start, temperature=t,
+                self.progress, start=start, temperature=t, features=stored,
             )  # fmt: skip
 
         soft = recipe.distill.model_dump(exclude={"training"})
-        taught = [*base, training, soft, signals.digest]
+        taught = [*base, training, soft, signals.digest, features.digest if features else None]
         tried = chosen = None
         if recipe.distill.temperature.candidates:
             tried = self.run.stage(
                 f"{top}/temperature", taught,
                 lambda at: teaching.choose_temperature(
                     at, recipe, student, stages.read_plan(plan.folder).shape, teacher.folder,
-                    space.folder, signals.folder, data.folder, self.progress,
+                    space.folder, signals.folder, data.folder, self.progress, features=stored,
                 ),
             )  # fmt: skip
             chosen = tried.json("temperature.json")["chosen"]

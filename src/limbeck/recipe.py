@@ -215,7 +215,9 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> Self:
-        if self.distill.balance != "fixed" and not self.distill.hard_weight:
+        distill = self.distill
+        terms = [distill.hard_weight, distill.hidden, distill.embedding]
+        if distill.balance != "fixed" and not any(terms):
             raise ValueError("`distill.balance` has no effect with one term: fixed, or hard_weight")
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(

@@ -55,6 +55,13 @@ class TrainingSpec(Spec):
     """What stands behind the last layer learns this much faster."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Forward at most this many examples at a time, to save memory. The step stays the same."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward's matrix products. Weights, losses and the optimizer's state stay fp32."""
+    backend: Literal["auto", "dense", "fused"] = "auto"
+    """`fused` never makes all logits: head and loss go in chunks of positions. `auto`: where the
+    logits of a forward would take more than 48 MiB."""
 
 
 class DenseSpec(Spec):
@@ -205,6 +212,65 @@ class DivergenceSpec(Spec):
         return {"anyOf": [{"enum": kinds}, {**schema}]}
 
 
+Layer = int | Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
+
+
+class HiddenSpec(Spec):
+    """Hidden states of student and teacher, token by token. Projectors are trained with the student
+    and not saved in it."""
+
+    loss: Literal["mse", "cosine", "relation", "cka"] = "cosine"
+    """`mse` and `cosine` behind a projector where the widths differ; `relation`: MiniLM's, between
+    the tokens of an example; `cka`: between the tokens of a batch."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the loss, as given."""
+    layers: Literal["auto", "last", "uniform"] | tuple[tuple[Layer, Layer], ...] = "auto"
+    """Which learns from which. `auto`: those most alike (CKA) before the training, in order;
+    `last`: the last from the last; `uniform`: at equal steps. Or pairs of the student's and the
+    teacher's: 1 is the first layer's output, 0 what it gets; or paths of modules."""
+    relation_heads: int | None = Field(None, ge=1)
+    """relation: into how many parts a state is split. Default: the most up to 12 that divide both
+    widths."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of a stored number."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.relation_heads is not None and self.loss != "relation":
+            raise ValueError(f"`relation_heads` has no effect with {self.loss}: relation has it")
+        if not self.layers:
+            raise ValueError("`layers` is empty: one pair or more, or auto")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump(include={"relation_heads"}, exclude_none=True)
+
+
+class EmbeddingSpec(Spec):
+    """The mean of an example's last hidden states, student's and teacher's."""
+
+    loss: Literal[
+        "mse", "cosine", "similarity_kl", "rkd_distance", "rkd_angle", "cka"
+    ] = "cosine"  # fmt: skip
+    """`mse` and `cosine` behind a projector where the widths differ; the others compare the
+    examples of a batch with each other."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the loss, as given."""
+    temperature: float | None = Field(None, gt=0)
+    """similarity_kl: of the similarities. Default 0.1."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Of a stored number."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.temperature is not None and self.loss != "similarity_kl":
+            raise ValueError(f"`temperature` has no effect with {self.loss}: similarity_kl has it")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump(include={"temperature"}, exclude_none=True)
+
+
 class DistillSpec(Spec):
     temperature: TemperatureSpec = TemperatureSpec(fixed=2.0)
     """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
@@ -216,6 +282,10 @@ class DistillSpec(Spec):
     """Factor of the divergence, as given."""
     hard_weight: float = Field(0.5, ge=0)
     """Factor of the cross-entropy with the hard labels, as given."""
+    hidden: HiddenSpec | None = None
+    """Also learn from the teacher's hidden states."""
+    embedding: EmbeddingSpec | None = None
+    """Also learn from the teacher's embedding of an example."""
     balance: Literal["fixed", "calibrated", "uncertainty", "upgrad"] = "fixed"
     """`fixed`: the weights as given. `calibrated`: they are the ratio of the terms' gradient norms
     at the first steps. `uncertainty`: times weights that are learnt. `upgrad`: no term is worsened

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from limbeck._startup import prepare_torch
 from limbeck.balance import Balance, Uncertainty, UPGrad, calibrated
 from limbeck.cores import on_each, shares
+from limbeck.errors import RecipeError
+from limbeck.heads import Tap, tap_head
+from limbeck.losses.sparse import CHUNK_BYTES
 from limbeck.objective import Objective, total
+from limbeck.observe import Observer
+from limbeck.ranks import ranks
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.run import read_index, write_json
 from limbeck.tasks.text_classification import Rows, order
-from limbeck.types import Batch, Signal, Teacher
+from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4
+_PROBE = 64  # examples that projectors start from
 
 prepare_torch()
 
@@ -53,20 +60,15 @@ class Training:
             found += order(n, seed=self.seed, epoch=epoch)[offset : offset + take].tolist()
         return found
 
-    def batches(self, step: int) -> list[Batch]:
-        """The step's rows in shares that are worked on side by side."""
-        at = self.positions(step)
-        return [self.rows.batch(at[s.start : s.stop]) for s in shares(len(at))]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Of one optimizer step, all shares together."""
+    """Of one optimizer step, all shares and ranks together."""
 
-    gradient: list[Tensor | None]  # of each parameter, the balance's own last
+    gradient: list[Tensor | None]  # of each parameter of `Step.parameters`
     terms: dict[str, Tensor]  # means over the step, () each: read where they are wanted only
     norms: dict[str, float]  # of each term's gradient, where that was looked at
-    cosine: float | None  # between the two terms' gradients
+    cosines: dict[tuple[str, str], float]  # between two terms' gradients, as above
 
 
 class Step:
@@ -75,82 +77,172 @@ class Step:
     def __init__(self, model: nn.Module, training: Training, weights: list[Tensor]) -> None:
         self.model, self.training, self.weights = model, training, weights
         self.balance = Balance()
+        self.ranks = ranks()
+        self.device = weights[0].device
+        self.observe = Observer(
+            model, training.objective.student_layers, precision=training.spec.precision
+        )
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [*self.weights, *self.balance.parameters()]
+        """The model's, the projectors', the balance's."""
+        own = [p for feature in self.training.objective.features for p in feature.parameters()]
+        return [*self.weights, *own, *self.balance.parameters()]
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's part of the step's rows, cut into what is worked on side by side."""
+        at = self.training.positions(step)
+        mine = self.ranks.share(len(at))
+        at = at[mine.start : mine.stop]
+        parts = shares(len(at), self.training.spec.micro_batch, on_cores=self.device.type == "cpu")
+        found = (self.training.rows.batch(at[part.start : part.stop]) for part in parts)
+        return [batch.to(self.device) for batch in found]
 
     def __call__(self, step: int, *, look: bool) -> Found:
         """With `look` the terms' gradients are held against each other too: a backward for each."""
         training, balance = self.training, self.balance
-        batches = training.batches(step)
-        count = training.objective.count(batches)
+        batches = self.batches(step)
+        counts = training.objective.counts(batches)
+        self.ranks.add([*counts.values()])
         separate = look or balance.separate
-        share = partial(self._share, step / training.steps, count, separate)
-        shares = [*on_each(share, batches)]
-        terms = {
-            name: torch.stack([s[2][name].total.detach() for s in shares]).sum() / count
-            for name in shares[0][2]
-        }
+        share = partial(self._share, step / training.steps, counts, separate)
+        gradient = _Sum(self.parameters)
+        by_term = {name: _Sum(self.parameters) for name in training.objective.weights}
+        terms: dict[str, Tensor] = {}
+        for part in on_each(share, batches):
+            gradient.add(part.gradient)
+            for name, gradients in part.by_term.items():
+                by_term[name].add(gradients)
+            for name, value in part.values.items():
+                terms[name] = terms.get(name, 0) + value
+        self.ranks.add([*terms.values()])
         norms: dict[str, float] = {}
-        by_term: dict[str, list[Tensor]] = {}
-        cosine = None
+        cosines: dict[tuple[str, str], float] = {}
         if separate:
-            for name in terms:
-                sums = _added([s[1][name] for s in shares])
-                by_term[name] = [_dense(g, p) for g, p in zip(sums, self.weights, strict=True)]
-            flat = {n: torch.cat([g.flatten() for g in gs]) for n, gs in by_term.items()}
-            norms = {n: float(g.norm()) for n, g in flat.items()}
-            if len(flat) == 2:
-                a, b = flat.values()
-                cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+            flat = {}
+            for name, own in by_term.items():
+                self.ranks.add(own.present())
+                flat[name] = torch.cat([g.flatten() for g in own.dense()[: len(self.weights)]])
+            norms = {name: float(g.norm()) for name, g in flat.items()}
+            for a, b in itertools.combinations(flat, 2):
+                cosines[a, b] = float(cosine_similarity(flat[a], flat[b], dim=0))
         if isinstance(balance, UPGrad):
-            gradient: list[Tensor | None] = [*balance.combined([*by_term.values()])]
+            for own in by_term.values():  # each projector has one term, so a sum is that
+                gradient.add(own.found)
+            each = [own.dense()[: len(self.weights)] for own in by_term.values()]
+            gradient.found[: len(self.weights)] = balance.combined(each)
         else:
-            gradient = _added([s[0] for s in shares])
-        return Found(gradient=gradient, terms=terms, norms=norms, cosine=cosine)
+            self.ranks.add(gradient.present())
+        return Found(gradient=gradient.found, terms=terms, norms=norms, cosines=cosines)
 
-    def _share(self, done: float, count: Tensor, separate: bool, batch: Batch) -> Any:
-        """(gradients, each term's gradients, terms) of one share of a step."""
+    def _share(
+        self, done: float, counts: Mapping[str, Tensor], separate: bool, batch: Batch
+    ) -> _Part:
+        """What one share of a step adds."""
         objective, balance = self.training.objective, self.balance
         target = self.training.teacher.signal(batch, objective.needs)
-        output = Signal(logits=self.model(**batch.inputs).logits)
-        terms = objective.terms(output, target, batch, done=done)
-        parts = total(terms, count)
+        output = self.observe(batch, objective.needs | {Need.LOGITS})
+        apart = separate or type(balance) is not Balance or bool(balance.factors)
+        terms = objective.terms(output, target, batch, done=done, apart=apart)
+        parts = total(terms, counts)
         by_term = {}
         if separate:
             for name, part in parts.items():
                 by_term[name] = torch.autograd.grad(
-                    part, self.weights, retain_graph=True, allow_unused=True
+                    part, self.parameters, retain_graph=True, allow_unused=True
                 )
-        gradients: Sequence[Tensor | None] = ()
+        gradient: Sequence[Tensor | None] = ()
         if not balance.separate:
-            loss = balance.total(parts, int(batch.mask.sum()) / int(count))
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        return gradients, by_term, terms
+            share = int(batch.mask.sum()) / int(counts["hard" if "hard" in counts else "soft"])
+            loss = balance.total(parts, share)
+            gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        values = {name: part.detach() for name, part in parts.items()}
+        return _Part(gradient=gradient, by_term=by_term, values=values)
 
 
-def _added(shares: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Sums in the order of the shares, so that the same step gives the same bytes."""
-    sums: list[Tensor | None] = []
-    for parts in zip(*shares, strict=True):
-        if parts[0] is None:
-            sums.append(None)
-        else:
-            # never in place, and a copy where there is one share: autograd may hand out one tensor
-            # as the gradient of two parameters
-            sums.append(reduce(torch.add, parts) if len(parts) > 1 else parts[0].clone())
-    return sums
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    gradient: Sequence[Tensor | None]
+    by_term: Mapping[str, Sequence[Tensor | None]]
+    values: Mapping[str, Tensor]  # of the terms
 
 
-def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
+class _Sum:
+    """Gradients added in the order of the shares, so that the same step gives the same bytes."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.found: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        for at, gradient in enumerate(gradients):
+            mine = self.found[at]
+            if gradient is None:
+                continue
+            if mine is None:  # a copy: autograd may hand out one tensor for two parameters
+                self.found[at] = gradient.clone()
+            else:
+                mine.add_(gradient)
+
+    def dense(self) -> list[Tensor]:
+        pairs = zip(self.found, self.parameters, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+    def present(self) -> list[Tensor]:
+        """Those that there are: of the same parameters on all ranks, as their models are."""
+        return [g for g in self.found if g is not None]
+
+
+def start_features(step_of: Step) -> None:
+    """Projectors from the first rows of the training; as many as fix them, whatever the ranks."""
+    training = step_of.training
+    if not training.objective.features:
+        return
+    rows = order(len(training.rows), seed=training.seed, epoch=0)[:_PROBE].tolist()
+    batch = training.rows.batch(rows).to(step_of.device)
+    with torch.no_grad():
+        needs = training.objective.needs
+        student, teacher = step_of.observe(batch, needs), training.teacher.signal(batch, needs)
+    for feature in training.objective.features:
+        feature.start(student, teacher, batch)
+
+
+def start_head(step_of: Step) -> str | None:
+    """Leaves the model's last matrix to the loss where its product would be large, or as asked.
+
+    Returns a sentence where that was done.
+    Raises RecipeError where it was asked for and cannot be.
+    """
+    asked, objective = step_of.training.spec.backend, step_of.training.objective
+    if asked == "dense":
+        return None
+    if objective.divergence == "dist" and objective.soft_weight:
+        found: Tap | str = "`dist` compares a batch's examples: it needs all their logits at once"
+    else:
+        found = tap_head(step_of.model, step_of.training.rows.batch([0]).to(step_of.device))
+    if isinstance(found, str):
+        if asked == "fused":
+            raise RecipeError(
+                "recipe.distill.training.backend", f"'fused' cannot be: {found}",
+                allowed="auto or dense", fix="leave it out",
+            )  # fmt: skip
+        return None
+    positions, classes = int(step_of.batches(0)[0].mask.sum()), len(found.layer.weight)  # type: ignore[arg-type]
+    size = 4 * positions * classes
+    if asked == "auto" and size <= 2 * CHUNK_BYTES:
+        found.remove()
+        return None
+    step_of.observe.tap = found
+    return (
+        f"fused loss: {positions:,} positions x {classes:,} classes in chunks of "
+        f"{CHUNK_BYTES >> 20} MiB, where logits would take {size >> 20:,} MiB"
+    )
 
 
 def start_balance(step_of: Step, folder: Path) -> Balance:
     """What the training's balance starts from; what was calibrated stays in `balance.json`."""
     training = step_of.training
-    names = training.objective.names
+    names = [*training.objective.weights]
     if training.balance == "fixed" or len(names) < 2:
         return Balance()
     if training.balance == "uncertainty":
@@ -165,7 +257,6 @@ def start_balance(step_of: Step, folder: Path) -> Balance:
             for step in range(min(_CALIBRATION_STEPS, training.steps))
         ]
         kept = {"norms": {n: sum(look[n] for look in looks) / len(looks) for n in names}}
-        write_json(path, kept)
-    objective = training.objective
-    wanted = {"soft": objective.soft_weight, "hard": objective.hard_weight}
-    return calibrated(kept["norms"], wanted)
+        if step_of.ranks.first:
+            write_json(path, kept)
+    return calibrated(kept["norms"], training.objective.weights)

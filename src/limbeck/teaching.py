@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,23 +17,34 @@ from limbeck.architecture.axes import axes_from_json
 from limbeck.architecture.cut import build_student, sort_units, student_config
 from limbeck.architecture.importance import load_importance
 from limbeck.cores import on_each
+from limbeck.errors import RecipeError
 from limbeck.export.folder import save_folder
+from limbeck.features import Feature
+from limbeck.layermap import layer_pairs, similarities
 from limbeck.models import build_classifier, load_classifier
 from limbeck.objective import Objective
+from limbeck.observe import Observer, tokens
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
+from limbeck.recipe_teaching import DistillSpec, HiddenSpec
 from limbeck.run import file_sha256, write_json
+from limbeck.signals.capture import capture
+from limbeck.signals.codecs import AnyCodec
 from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
+from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
 from limbeck.tasks.text_classification import TextClassification
+from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Shape
+from limbeck.types import Batch, Need, Shape
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
+_MAP_ROWS = 64  # training rows that layers are compared on
+MAPS = "maps.json"
 _VALIDATION_ROWS = 256  # for the curves; drawn at random, the same for all
 
 prepare_torch()
@@ -41,11 +53,12 @@ prepare_torch()
 def distil(
     folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
     signals: Path | None, data: Path, progress: Progress, *, start: Start = "prefix",
-    temperature: float | None = None,
+    temperature: float | None = None, features: Path | None = None,
 ) -> None:  # fmt: skip
     """Train one student from the teacher's signals, or without them from hard labels only.
 
-    `temperature` is what `choose_temperature` found, where the recipe leaves it to be found.
+    `temperature` is what `choose_temperature` found, where the recipe leaves it to be found;
+    `features` the folder that `store_features` filled, where it asks for any.
     """
     task = TextClassification(data)
     model = _student(recipe, shape, teacher, survey, task, start)
@@ -56,15 +69,16 @@ def distil(
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **_lesson(recipe, teacher, signals, data, temperature),
+        **_lesson(recipe, student, teacher, signals, data, temperature, features),
     )
     train(model, training, folder, progress)
     _save(model, recipe, teacher, folder, task)
 
 
 def _lesson(
-    recipe: Recipe, teacher: Path, signals: Path | None, data: Path, temperature: float | None
-) -> dict[str, Any]:
+    recipe: Recipe, student: StudentSpec, teacher: Path, signals: Path | None, data: Path,
+    temperature: float | None, features: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Who teaches, by which objective."""
     if signals is None:
         return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
@@ -76,17 +90,115 @@ def _lesson(
         divergence=spec.divergence.kind,
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
+        features=_features(spec, student, features),
     )
-    store = open_store(signals, made_from=signal_origins(recipe, teacher, data))
-    # where the temperature changes signals are dense, and those are the same for any
-    fixed = objective.temperature.fixed or 1.0
-    source = StoredTeacher(store, file_sha256(signals / MANIFEST), fixed)
+    origins = signal_origins(recipe, teacher, data)
+    vectors = {
+        need: open_store(features / need, made_from=origins)
+        for need in (Need.HIDDEN, Need.EMBEDDING)
+        if features is not None and need in objective.needs
+    }
+    source = StoredTeacher(
+        store=open_store(signals, made_from=origins),
+        fingerprint=file_sha256(signals / MANIFEST),
+        # where the temperature changes signals are dense, and those are the same for any
+        temperature=objective.temperature.fixed or 1.0,
+        hidden=vectors.get(Need.HIDDEN),
+        embedding=vectors.get(Need.EMBEDDING),
+    )
     return {"teacher": source, "objective": objective, "balance": spec.balance}
+
+
+def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:
+    found = []
+    if spec.hidden is not None:
+        assert folder is not None
+        maps = json.loads((folder / MAPS).read_text(encoding="utf-8"))
+        pairs = [(ours, theirs) for ours, theirs in maps[student.name]["pairs"]]
+        found.append(
+            Feature(
+                loss=spec.hidden.loss, weight=spec.hidden.weight, pairs=pairs,
+                settings=spec.hidden.settings(),
+            )
+        )  # fmt: skip
+    if spec.embedding is not None:
+        found.append(
+            Feature(
+                loss=spec.embedding.loss, weight=spec.embedding.weight,
+                settings=spec.embedding.settings(),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def store_features(
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], teacher: Path, survey: Path,
+    data: Path, progress: Progress,
+) -> None:  # fmt: skip
+    """The layers that each student learns from (`maps.json`), and what the teacher has there.
+
+    The map is made from some training rows and the students as they are cut.
+    Raises RecipeError for a layer that there is not.
+    """
+    task, spec = TextClassification(data), recipe.distill
+    rows = task.rows("train")
+    classifier = load_classifier(teacher, task.labels, where="teacher")
+    stores: dict[Path, AnyCodec] = {}
+    layers: tuple[str, ...] = ()
+    if spec.hidden is not None:
+        some = rows.sample(_MAP_ROWS, seed=recipe.seed)
+        batch = some.batch(range(len(some)))
+        maps = {
+            name: layer_map(
+                spec.hidden, _student(recipe, shape, teacher, survey, task, "prefix"), classifier,
+                batch, where=f"students.{name}",
+            )
+            for name, shape in shapes.items()
+        }  # fmt: skip
+        write_json(folder / MAPS, maps)
+        theirs = {b: 0 for found in maps.values() for _, b in found["pairs"]}
+        layers = tuple(sorted(theirs, key=lambda name: (not name.isdigit(), name.zfill(4))))
+        stores[folder / Need.HIDDEN] = Hidden(layers=layers, dtype=spec.hidden.dtype)
+    if spec.embedding is not None:
+        stores[folder / Need.EMBEDDING] = Embedding(dtype=spec.embedding.dtype)
+    live = LiveTeacher(classifier, file_sha256(teacher / "model.safetensors"), layers)
+    capture(
+        live, rows, stores, made_from=signal_origins(recipe, teacher, data), seed=recipe.seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def layer_map(
+    spec: HiddenSpec, student: nn.Module, teacher: nn.Module, batch: Batch, *, where: str
+) -> dict[str, Any]:
+    """`pairs`, and the similarities that they were chosen by: CKA of layer 1, 2, ... of each.
+
+    Raises RecipeError for a layer that one of them does not have.
+    """
+    needs, mask = frozenset({Need.HIDDEN}), tokens(batch)
+    ours, theirs = (Observer(m.eval())(batch, needs).hidden for m in (student, teacher))
+    mine, yours = ([h[mask] for h in [*side.values()][1:]] for side in (ours, theirs))
+    alike = similarities(mine, yours)
+    if isinstance(spec.layers, str):
+        pairs = layer_pairs(spec.layers, mine, yours)
+    else:
+        pairs = [(str(a), str(b)) for a, b in spec.layers]
+        sides = (("student", student, ours), ("teacher", teacher, theirs))
+        for name, (side, model, numbered) in zip(zip(*pairs, strict=True), sides, strict=True):
+            for layer in name:
+                if layer not in numbered and layer not in dict(model.named_modules()):
+                    raise RecipeError(
+                        "recipe.distill.hidden.layers", f"{where}: no layer {layer} in the {side}",
+                        allowed=f"0 to {len(numbered) - 1}, or the path of a module",
+                        fix="choose another, or auto",
+                    )  # fmt: skip
+    return {"pairs": pairs, "cka": [[round(float(v), 4) for v in row] for row in alike]}
 
 
 def choose_temperature(
     folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
-    signals: Path, data: Path, progress: Progress,
+    signals: Path, data: Path, progress: Progress, *, features: Path | None = None,
 ) -> None:  # fmt: skip
     """A tenth of the student's training with each candidate, all from the same start and rows.
 
@@ -103,7 +215,7 @@ def choose_temperature(
             spec=short,
             seed=recipe.seed,
             title=f"{student.name}, temperature {candidate:g}",
-            **_lesson(recipe, teacher, signals, data, candidate),
+            **_lesson(recipe, student, teacher, signals, data, candidate, features),
         )
         model = _student(recipe, shape, teacher, survey, task, "prefix")
         trial = folder / f"trial-{candidate:g}"

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from limbeck.models import no_dropout
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
-from limbeck.step import Found, Step, Training, start_balance
+from limbeck.step import Found, Step, Training, start_balance, start_features, start_head
 
 _LOG_EVERY = 10  # steps
 _LOOKS = 20  # times in a training that the terms' gradients are held against each other
@@ -43,25 +44,38 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     spec, objective = training.spec, training.objective
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     no_dropout(model)
-    model.train()
+    model.eval()
     step_of = Step(model, training, [*trainable.values()])
+    start_features(step_of)
+    if (said := start_head(step_of)) is not None:
+        progress.say(f"{training.title}: {said}")
+    model.train()
     step_of.balance = balance = start_balance(step_of, folder)
-    learnt = dict(balance.named_parameters())
     groups = _groups(trainable, spec)
+    projectors = {
+        f"{feature.name}.{name}": p
+        for feature in objective.features for name, p in feature.named_parameters()
+    }  # fmt: skip
+    if projectors:
+        rate = spec.learning_rate * spec.head_factor
+        groups.append({"params": [*projectors.values()], "peak": rate, "weight_decay": 0.0})
+    learnt = dict(balance.named_parameters())
     if learnt:
         groups.append({"params": [*learnt.values()], "peak": _BALANCE_RATE, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    first_rank = step_of.ranks.first
     log = _Log(folder / LOG)
-    checkpoint = _Checkpoint(folder, trainable | learnt, optimizer)
+    checkpoint = _Checkpoint(folder, trainable | projectors | learnt, optimizer)
     first = checkpoint.load()
-    log.rewind(first)
+    if first_rank:
+        log.rewind(first)
     saved = shown = time.monotonic()
     logged = first
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
             done = step + 1
-            look = len(objective.names) > 1 and done % max(1, training.steps // _LOOKS) == 0
+            look = len(objective.weights) > 1 and done % max(1, training.steps // _LOOKS) == 0
             found = step_of(step, look=look)
             for parameter, gradient in zip(step_of.parameters, found.gradient, strict=True):
                 parameter.grad = gradient
@@ -81,16 +95,20 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
                     model.eval()
                     point["validation"] = training.validate(model)
                     model.train()
-                log.write(point)
+                if first_rank:
+                    log.write(point)
                 shown = time.monotonic()
-            if time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
+            if first_rank and time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
                 checkpoint.save(done)
                 saved = time.monotonic()
     model.eval()
-    checkpoint.remove()
+    step_of.observe.close()
+    step_of.ranks.barrier()
+    if first_rank:
+        checkpoint.remove()
 
 
-def _point(training: Training, step: int, found: Found, balance: Balance) -> dict[str, float]:
+def _point(training: Training, step: int, found: Found, balance: Balance) -> dict[str, Any]:
     """A line of the log: the loss and each of its terms, means over the step."""
     terms = {name: float(term) for name, term in found.terms.items()}
     loss = sum(terms.values())
@@ -99,12 +117,12 @@ def _point(training: Training, step: int, found: Found, balance: Balance) -> dic
             f"{training.title}, step {step}", f"the loss is {loss}", allowed="a finite number",
             fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
         )  # fmt: skip
-    point: dict[str, float] = {"step": step, "loss": loss, **terms}
-    point |= {f"{name}_gradient": norm for name, norm in found.norms.items()}
-    if found.cosine is not None:
-        point["cosine"] = found.cosine
+    point: dict[str, Any] = {"step": step, "loss": loss, "terms": terms}
+    if found.norms:
+        point["gradients"] = found.norms
+        point["cosines"] = {f"{a}, {b}": cosine for (a, b), cosine in found.cosines.items()}
     if training.balance != "fixed":
-        point |= {f"{n}_weight": weight for n, weight in balance.weights([*terms]).items()}
+        point["weights"] = balance.weights([*terms])
     return point
 
 
@@ -169,7 +187,7 @@ class _Log:
                     lines.append(line + "\n")
         self.path.write_text("".join(lines), encoding="utf-8")
 
-    def write(self, point: Mapping[str, float]) -> None:
+    def write(self, point: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 

@@ -12,7 +12,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from limbeck.losses.fused import Head
 
 
 class Need(StrEnum):
@@ -32,12 +35,23 @@ class Batch:
     example_ids: Tensor  # (B,) int64, stable across epochs: the key into a signal store
     views: Tensor | None = None  # (B, K) float64: what a random augmentation drew, to be replayed
 
+    def to(self, device: torch.device) -> Batch:
+        """What a model computes with; ids and views are looked up on the CPU."""
+        return Batch(
+            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            labels=self.labels.to(device), mask=self.mask.to(device),
+            example_ids=self.example_ids, views=self.views,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseTargets:
     """Every logit; whoever computes the loss divides by its temperature."""
 
     logits: Tensor  # (P, V) float32
+
+    def at(self, rows: slice | Tensor) -> DenseTargets:
+        return DenseTargets(logits=self.logits[rows])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +76,12 @@ class SparseTargets:
     tail: Tensor  # (P,) float32, the mass of all other ids together
     temperature: float
 
+    def at(self, rows: slice | Tensor) -> SparseTargets:
+        return SparseTargets(
+            kind=self.kind, ids=self.ids[rows], probs=self.probs[rows], tail=self.tail[rows],
+            temperature=self.temperature,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signal:
@@ -69,7 +89,9 @@ class Signal:
 
     logits: Tensor | None = None  # (B, C) or (B, T, V)
     targets: DenseTargets | SparseTargets | None = None  # of the batch's P counted positions
-    hidden: Mapping[str, Tensor] = field(default_factory=dict)  # module name -> (B, T, D)
+    head: Head | None = None  # with `head_input` in place of logits, which are never made
+    head_input: Tensor | None = None  # (B, D) or (B, T, D), what the head multiplies
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)  # number or path -> (B, T, D)
     embedding: Tensor | None = None  # (B, D)
     texts: tuple[str, ...] = ()  # B completions
 

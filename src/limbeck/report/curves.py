@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 from limbeck.report.charts import linear_axis
@@ -12,7 +13,10 @@ from limbeck.report.drawing import svg, svg_text
 
 _WIDTH, _LEFT, _RIGHT = 400, 54, 12
 _MOST = 150  # points drawn in a curve: means of as many equal stretches
-LOSSES = {"loss": "total", "soft": "soft targets", "hard": "hard labels"}
+LOSSES = {
+    "loss": "total", "soft": "soft targets", "hard": "hard labels", "hidden": "hidden states",
+    "embedding": "embeddings",
+}  # fmt: skip
 
 Scale = Callable[[float], float]  # from a value to its place in the drawing
 Pairs = list[tuple[float, float]]
@@ -30,9 +34,9 @@ class Bar:
 def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
     """One model's losses, the gradients of their parts and the angle between them, and its
     validation quality, against the optimizer's steps."""
-    losses = {key: series(points, key) for key in LOSSES}
+    losses = {key: series(points, partial(loss_of, key=key)) for key in LOSSES}
     losses = {key: pairs for key, pairs in losses.items() if pairs}
-    validation = series(points, "validation")
+    validation = series(points, lambda p: p.validation)
     last = max((p.step for p in points), default=0) or 1
     body: list[str] = []
     bottom = 12.0
@@ -46,27 +50,39 @@ def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
                 f'<g><title>{escape(title)}</title><path class="curve {key}" d="{line}"/></g>'
             )
         bottom = 142.0
-    norms = {key: series(points, f"{key}_gradient") for key in ("soft", "hard")}
-    cosine = series(points, "cosine")
-    if cosine:
+    looked = [p for p in points if p.gradients]
+    norms = {
+        key: [(float(p.step), p.gradients[key]) for p in looked]
+        for key in LOSSES if all(key in p.gradients for p in looked)
+    }  # fmt: skip
+    cosines = {
+        pair: [(float(p.step), p.cosines[pair]) for p in looked]
+        for pair in (looked[0].cosines if looked else ())
+    }
+    if cosines:
         values = [0.0, *(y for pairs in norms.values() for _, y in pairs)]
         top, bottom = bottom + 22, bottom + 98
         body += _frame(top, bottom, values, "gradients", ticks=3)
         for key, pairs in norms.items():
             line = _path(pairs, last, _scale(values, top, bottom))
-            title = f"{name}: norm of the gradient of {LOSSES[key]}, {pairs[0][1]:.3g} to " \
+            title = (
+                f"{name}: norm of the gradient of {LOSSES[key]}, {pairs[0][1]:.3g} to "
                 f"{pairs[-1][1]:.3g}"
+            )
             body.append(
                 f'<g><title>{escape(title)}</title><path class="curve {key}" d="{line}"/></g>'
             )
         top, bottom = bottom + 22, bottom + 88
         body += _frame(top, bottom, [-1.0, 0.0, 1.0], "cosine", ticks=3)
-        least = min(y for _, y in cosine)
-        title = f"{name}: cosine between the two gradients, at least {least:.2f}"
-        line = _path(cosine, last, _scale([-1.0, 1.0], top, bottom))
-        body.append(f'<g><title>{escape(title)}</title><path class="curve loss" d="{line}"/></g>')
+        for pair, cosine in cosines.items():
+            least = min(y for _, y in cosine)
+            title = f"{name}: cosine between the gradients of {pair}, at least {least:.2f}"
+            line = _path(cosine, last, _scale([-1.0, 1.0], top, bottom))
+            body.append(
+                f'<g><title>{escape(title)}</title><path class="curve loss" d="{line}"/></g>'
+            )
     if validation:
-        top = bottom + 22 if losses or cosine else bottom
+        top = bottom + 22 if losses or cosines else bottom
         bottom = top + 76
         percents = [(x, 100 * y) for x, y in validation]
         values = [y for _, y in percents]
@@ -85,9 +101,16 @@ def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
     return svg(_WIDTH, bottom + 24, f"Training of {name}", body)
 
 
-def series(points: Sequence[TrainingPoint], key: str) -> Pairs:
+def loss_of(point: TrainingPoint, key: str) -> float | None:
+    """One of `LOSSES`."""
+    return point.loss if key == "loss" else point.terms.get(key)
+
+
+def series(
+    points: Sequence[TrainingPoint], value: Callable[[TrainingPoint], float | None]
+) -> Pairs:
     """The steps that have this value; long curves as the means of equal stretches."""
-    found = [(float(p.step), float(v)) for p in points if (v := getattr(p, key)) is not None]
+    found = [(float(p.step), float(v)) for p in points if (v := value(p)) is not None]
     stretch = -(-len(found) // _MOST)
     if stretch <= 1:
         return found

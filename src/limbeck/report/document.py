@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
@@ -259,20 +259,15 @@ class TrainingPoint(Spec):
     """Optimizer steps so far."""
     loss: float | None = None
     """What the optimizer minimised."""
-    soft: float | None = None
-    """The part from the teacher's soft targets, weight included."""
-    hard: float | None = None
-    """The part from the hard labels, weight included."""
-    soft_gradient: float | None = None
-    """Norm of the soft part's gradient, at a few steps."""
-    hard_gradient: float | None = None
-    """Norm of the hard part's gradient, at the same steps."""
-    cosine: float | None = Field(None, ge=-1.001, le=1.001)
-    """Between the two parts' gradients: below 0 they pull against each other."""
-    soft_weight: float | None = None
-    """The balance's factor of the soft part, where it is not fixed."""
-    hard_weight: float | None = None
-    """The balance's factor of the hard part, where it is not fixed."""
+    terms: dict[str, float] = Field(default_factory=dict)
+    """Its parts, weights included: soft (the teacher's soft targets), hard (the hard labels),
+    hidden (states), embedding."""
+    gradients: dict[str, float] = Field(default_factory=dict)
+    """Norm of each part's gradient, at a few steps."""
+    cosines: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]] = Field(default_factory=dict)
+    """Between two parts' gradients, `soft, hard` say: below 0 they pull against each other."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """The balance's factor of each part, where it is not fixed."""
     examples_per_s: float | None = None
     """Training speed."""
     validation: float | None = None

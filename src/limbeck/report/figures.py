@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from limbeck.report.charts import Hollow, Level, Point, mark_path, scatter
-from limbeck.report.curves import LOSSES, Bar, bars, training_panel
+from limbeck.report.curves import LOSSES, Bar, bars, loss_of, training_panel
 from limbeck.report.document import Quality, Report, TeacherEntry, TrainingPoint
 from limbeck.report.tables import Table, cost_text, stages_table
 from limbeck.report.tags import figure, text
@@ -128,12 +128,12 @@ def training_figures(report: Report) -> str:
     if not panels:
         return ""
     found = [p for points in report.training.values() for p in points]
-    shown = [k for k in LOSSES if any(getattr(p, k) is not None for p in found)]
+    shown = [k for k in LOSSES if any(loss_of(p, k) is not None for p in found)]
     marks = [
         (f'<path class="curve {k}" d="M0 8h22"/>', f"loss: {LOSSES[k]}, mean per example")
         for k in shown
     ]
-    if any(p.cosine is not None for p in found):
+    if any(p.cosines for p in found):
         note = "gradients: norm of each part's; cosine below 0: the parts pull against each other"
         marks.append(('<path class="curve loss" d="M0 8h22"/>', note))
     if any(p.validation is not None for p in found):
@@ -151,16 +151,18 @@ def _training_table(points: Sequence[TrainingPoint]) -> Table:
     """At most some twenty rows; report.json has all of them."""
     every = -(-len(points) // 20)
     chosen = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    shown = [key for key in LOSSES if any(loss_of(p, key) is not None for p in points)]
     rows = tuple(
         (
             f"{p.step:,}",
-            *("" if (v := getattr(p, key)) is None else f"{v:.4f}" for key in LOSSES),
+            *("" if (v := loss_of(p, key)) is None else f"{v:.4f}" for key in shown),
             "" if p.examples_per_s is None else f"{p.examples_per_s:,.0f}",
             percent(p.validation) if p.validation is not None else "",
         )
         for p in chosen
     )
-    return Table(("step", *LOSSES.values(), "examples/s", "validation"), rows)
+    titles = [LOSSES[key] for key in shown]
+    return Table(("step", *titles, "examples/s", "validation"), rows)
 
 
 def stages_figure(report: Report) -> str:

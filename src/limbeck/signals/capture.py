@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from torch import Tensor
 from limbeck.cores import on_each
 from limbeck.errors import DataError
 from limbeck.progress import Progress
+from limbeck.ranks import joined
 from limbeck.signals.codecs import AnyCodec, VectorCodec
 from limbeck.signals.store import Encoded, Writer
 from limbeck.types import Batch, Need, Teacher
@@ -51,14 +51,16 @@ def capture(
             "teacher", f"provides {', '.join(sorted(teacher.provides)) or 'nothing'}",
             allowed=", ".join(sorted(needs)), fix="choose another teacher, or store less of it",
         )  # fmt: skip
-    with _ranks() as (rank, world, barrier):
+    with joined() as ranks:
         with ExitStack() as opened:
             writers = [
-                opened.enter_context(Writer(folder, made_from, codec, seed=seed).open(rank=rank))
+                opened.enter_context(
+                    Writer(folder, made_from, codec, seed=seed).open(rank=ranks.rank)
+                )
                 for folder, codec in stores.items()
             ]
             ask = partial(_ask, teacher, rows, [*stores.values()], needs, seed)
-            mine = range(rank, -(-len(rows) // _SHARD), world)
+            mine = range(ranks.rank, -(-len(rows) // _SHARD), ranks.world)
             left = [n for n in mine if any(n not in writer.shards for writer in writers)]
             ends = {number: min((number + 1) * _SHARD, len(rows)) for number in mine}
             sizes = {number: end - number * _SHARD for number, end in ends.items()}
@@ -75,11 +77,11 @@ def capture(
                     for writer, own in zip(writers, zip(*parts, strict=True), strict=True):
                         if number not in writer.shards:
                             writer.write(number, own)
-            barrier()
-            if rank == 0:
+            ranks.barrier()
+            if ranks.first:
                 for writer in writers:
                     writer.finish(provenance or {})
-        barrier()
+        ranks.barrier()
 
 
 def keys_of(batch: Batch) -> Tensor:
@@ -114,27 +116,11 @@ def _ask(
         fields = {name: values.cpu() for name, values in fields.items()}
         found.append(
             Encoded(
-                example_ids=batch.example_ids, counts=counts, fields=fields,
-                vocab_size=vocab_size, views=batch.views,
+                example_ids=batch.example_ids,
+                counts=counts,
+                fields=fields,
+                vocab_size=vocab_size,
+                views=batch.views,
             )
         )
     return found
-
-
-@contextmanager
-def _ranks() -> Iterator[tuple[int, int, Any]]:
-    """(rank, number of ranks, barrier) as torchrun says; alone without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1, lambda: None
-        return
-    import torch.distributed as dist
-
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank(), world, dist.barrier
-    finally:
-        if ours:
-            dist.destroy_process_group()

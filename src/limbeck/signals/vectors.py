@@ -1,6 +1,6 @@
 """Signals that are no distributions: hidden states, embeddings, text. One interface with `codecs`.
 
-    P positions      D width of a vector
+P positions      D width of a vector
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _stored(values: Tensor, dtype: str, what: str) -> Tensor:
         raise DataError(
             "teacher", f"its {what} signals hold {values.abs().max():g} or NaN",
             allowed=f"finite numbers that {dtype} holds",
-            fix=f"set signals.{what}.dtype to bf16 or fp32, or compute the teacher in fp32",
+            fix=f"set distill.{what}.dtype to bf16 or fp32, or compute the teacher in fp32",
         )  # fmt: skip
     return stored
 
