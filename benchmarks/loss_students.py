@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -53,6 +54,14 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "calibrated": ("distill.balance=calibrated",),
     "uncertainty": ("distill.balance=uncertainty",),
     "upgrad": ("distill.balance=upgrad",),
+    **{f"hidden {loss}": (f"distill.hidden={loss}",) for loss in (
+        "{loss: mse}", "{loss: cosine}", "{loss: relation}", "{loss: cka}",
+        "{loss: cosine, layers: last}", "{loss: cosine, layers: uniform}",
+    )},
+    **{f"embedding {loss}": (f"distill.embedding={{loss: {loss}}}",) for loss in (
+        "mse", "cosine", "similarity_kl", "rkd_distance", "rkd_angle", "cka",
+    )},
+    "dist, hidden cosine": ("distill.divergence=dist", "distill.hidden={loss: cosine}"),
 }  # fmt: skip
 _T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by number of seeds
 
@@ -66,7 +75,26 @@ def logits_of(model: torch.nn.Module, rows: Rows) -> np.ndarray:
     return np.concatenate(list(on_each(forward, rows.batches(32))))
 
 
-def taught(run: Path, recipe: Recipe, name: str, *, hard: bool) -> tuple[Any, float | None]:
+def features_of(run: Path, recipe: Recipe, name: str, kept: Path) -> Path | None:
+    """Captured once for all variants and seeds that want the same."""
+    spec = recipe.distill
+    if spec.hidden is None and spec.embedding is None:
+        return None
+    what = f"{spec.hidden.layers if spec.hidden else None}-{bool(spec.embedding)}"
+    folder = kept / what
+    if not folder.exists():
+        shape = read_plan(run / "students" / name / "plan").shape
+        folder.mkdir()
+        teaching.store_features(
+            folder, recipe.model_copy(update={"seed": 0}), {name: shape}, run / "teacher/hf",
+            run / "architecture", run / "data", Silent(),
+        )  # fmt: skip
+    return folder
+
+
+def taught(
+    run: Path, recipe: Recipe, name: str, features: Path | None, *, hard: bool
+) -> tuple[Any, float | None]:
     """The trained student, and the temperature that was found for it."""
     student = recipe.student(name)
     shape = read_plan(run / "students" / name / "plan").shape
@@ -86,7 +114,7 @@ def taught(run: Path, recipe: Recipe, name: str, *, hard: bool) -> tuple[Any, fl
         (folder / "hf").mkdir()
         teaching.distil(
             folder / "hf", recipe, student, shape, teacher, survey, None if hard else signals,
-            data, Silent(), temperature=temperature,
+            data, Silent(), temperature=temperature, features=features,
         )  # fmt: skip
         labels = TextClassification(data).labels
         return load_classifier(folder / "hf", labels, where=name).eval(), temperature
@@ -97,6 +125,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run of the quickstart recipe")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(_T_OF))
     parser.add_argument("--epochs", type=float, default=1.5)
+    parser.add_argument("--only", nargs="+", choices=_VARIANTS, default=[*_VARIANTS], metavar="NAME",
+                        help="besides hard labels, these variants alone")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows = TextClassification(options.run / "data").rows("test")
@@ -109,12 +139,15 @@ def main() -> None:
     name = min(params, key=lambda n: params[n]["cost"]["params"])
     print(f"student {name}: {params[name]['shape']}, {options.epochs} epochs, n = {len(rows):,}")
     start, found = time.perf_counter(), {}
+    chosen = {n: c for n, c in _VARIANTS.items() if n in ("hard labels", *options.only)}
+    kept = Path(tempfile.mkdtemp(prefix="limbeck-"))
     for seed in range(options.seeds):
-        for variant, changes in _VARIANTS.items():
+        for variant, changes in chosen.items():
             own = (f"students.{name}.epochs={options.epochs}",)
             recipe, _ = load_recipe(options.run, (*_BASE, *own, *changes))
             recipe = recipe.model_copy(update={"seed": seed})
-            model, t = taught(options.run, recipe, name, hard=variant == "hard labels")
+            features = features_of(options.run, recipe, name, kept)
+            model, t = taught(options.run, recipe, name, features, hard=variant == "hard labels")
             ours = logits_of(model, rows)
             right = float(measure.correct(ours, rows.labels).mean())
             kl = float(measure.mean_kl(theirs, ours))
@@ -122,6 +155,7 @@ def main() -> None:
             said = f", T = {t:g}" if t else ""
             print(f"seed {seed}, {variant}: {100 * right:.2f} %, KL {kl:.3f}{said}, "
                   f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    shutil.rmtree(kept)
     hard = [right for right, _ in found["hard labels"]]
     print(f"\n{'':20} {'accuracy':>9} {'over hard labels':>24} {'KL':>7}")
     out = []

@@ -134,7 +134,9 @@ class Objective:
         }
         names = [*each]
         for together in [[name] for name in names] if apart else [names]:
-            fused = fused_loss(hidden, student.head, [each[name] for name in together])
+            # apart, a look walks each graph and then that of the sum
+            chosen = [each[name] for name in together]
+            fused = fused_loss(hidden, student.head, chosen, retain=apart)
             first, *others = together
             rest = hidden.new_zeros((), dtype=torch.float32)
             for name, values in zip(others, fused.values[1:], strict=True):

@@ -33,7 +33,9 @@ def ranking(
 
 
 def _log_before(
-    logits: Tensor, first: Tensor, second: Tensor, temperature: float
+    logits: Tensor, first: Tensor, second: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(temperature, Tensor):
+        temperature = temperature.unsqueeze(-1)  # one per position
     difference = (logits[..., first] - logits[..., second]) / temperature
     return logsigmoid(difference), logsigmoid(-difference)
