@@ -125,8 +125,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run of the quickstart recipe")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(_T_OF))
     parser.add_argument("--epochs", type=float, default=1.5)
-    parser.add_argument("--only", nargs="+", choices=_VARIANTS, default=[*_VARIANTS], metavar="NAME",
-                        help="besides hard labels, these variants alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=_VARIANTS, default=[*_VARIANTS], metavar="NAME",
+        help="besides hard labels, these variants alone",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows = TextClassification(options.run / "data").rows("test")

@@ -15,7 +15,7 @@ LAYERS = (
     {"run"},
     {"models", "sources", "cache", "archives"},
     {"heads"},
-    {"observe", "layermap"},
+    {"observe", "layermap", "vocabulary"},
     {"features"},
     {
         "objective", "balance", "temperature", "tasks", "signals", "teachers", "architecture",

@@ -52,6 +52,7 @@ class Member:
     plan: Made | None = None
     compared: Made | None = None
     tried: Made | None = None  # temperatures, where the recipe leaves the choice
+    features: Made | None = None  # hidden states and which layers learn from which
     baselines: Mapping[str, Made] = field(default_factory=dict)
 
 
@@ -124,7 +125,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         primary=member.primary,
         artifacts=artifacts,
         shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
-        reason=plan["reason"] + _temperature(member.tried),
+        reason=plan["reason"] + _temperature(member.tried) + _layers(member),
         budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
         retention=Retention.model_validate(compared["retention"])
         if compared["retention"]
@@ -156,6 +157,14 @@ def _temperature(tried: Made | None) -> str:
         f" Temperature {found['chosen']:g} had the least loss on the validation rows after "
         f"{found['steps']:,} steps: {curve}."
     )
+
+
+def _layers(member: Member) -> str:
+    if member.features is None or not (member.features.folder / "maps.json").exists():
+        return ""
+    pairs = member.features.json("maps.json")[member.name]["pairs"]
+    said = ", ".join(f"{ours} from {theirs}" for ours, theirs in pairs)
+    return f" Hidden states, student's layer from teacher's: {said}."
 
 
 def _quality(made: Made | None) -> Quality | None:

@@ -34,6 +34,7 @@ from limbeck.losses.ranking import ranking
 from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
 from limbeck.temperature import Fixed, Temperature
 from limbeck.types import Batch, DenseTargets, LossTerm, Need, Signal, SparseTargets
+from limbeck.vocabulary import fitted
 
 # Those that need nothing but two distributions run on K + 1 outcomes as well.
 _OF_DISTRIBUTIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -60,6 +61,7 @@ class Objective:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the divergence's own
     standardized: bool = False  # both sides' logits, before the temperature
     features: tuple[Feature, ...] = ()  # between hidden states, between embeddings
+    shared_ids: int | None = None  # of both vocabularies (`vocabulary`); None: they are one
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -101,7 +103,7 @@ class Objective:
         labels = batch.labels[batch.mask]  # (P,)
         losses: dict[str, Callable[[Tensor, Rows], Tensor]] = {}
         if self.soft_weight:
-            targets = _targets(teacher, batch)
+            targets = self._targets(student, teacher, batch)
             losses["soft"] = lambda logits, rows: self._soft(
                 logits, labels[rows], targets.at(rows), done
             )
@@ -147,6 +149,20 @@ class Objective:
             terms[first] = LossTerm(total=fused.total - rest, count=torch.tensor(len(hidden)))
         return {name: terms[name] for name in names}
 
+    def _targets(
+        self, student: Signal, teacher: Signal, batch: Batch
+    ) -> DenseTargets | SparseTargets:
+        found = teacher.targets
+        if found is None:
+            assert teacher.logits is not None, "the teacher was asked for logits and gave none"
+            found = DenseTargets(logits=teacher.logits.detach()[batch.mask])
+        if self.shared_ids is None:
+            return found
+        if student.head is not None:
+            return fitted(found, self.shared_ids, len(student.head.weight))
+        assert student.logits is not None
+        return fitted(found, self.shared_ids, student.logits.shape[-1])
+
     def _soft(
         self, logits: Tensor, labels: Tensor, targets: DenseTargets | SparseTargets, done: float
     ) -> Tensor:
@@ -180,13 +196,6 @@ class Objective:
 def total(terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each term's share of the step's mean. () each."""
     return {name: term.total / counts[name].clamp_min(1) for name, term in terms.items()}
-
-
-def _targets(teacher: Signal, batch: Batch) -> DenseTargets | SparseTargets:
-    if teacher.targets is not None:
-        return teacher.targets
-    assert teacher.logits is not None, "the teacher was asked for logits and gave none"
-    return DenseTargets(logits=teacher.logits.detach()[batch.mask])
 
 
 def _sum(per_position: Tensor) -> LossTerm:

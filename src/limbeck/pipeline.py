@@ -293,7 +293,8 @@ class _Still:
                 )  # fmt: skip
         return Member(
             name=student.name, primary=member.primary, model=model, onnx=member.onnx,
-            measured=mine, plan=plan, compared=compared, tried=tried, baselines=baselines,
+            measured=mine, plan=plan, compared=compared, tried=tried, features=features,
+            baselines=baselines,
         )  # fmt: skip
 
     def _baseline(
