@@ -31,8 +31,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 def channel_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Per channel, KL(teacher || student) of the softmaxes over locations, in nats.
 
-    Channel-wise distillation, equations 4 and 5 (Shu et al. 2021, 2011.13256), without their T^2
-    and 1 / C: `channel_kl(...).mean()` * T^2 is their loss on average over the batch. (B, C, H, W),
+    Channel-wise distillation, (T^2 / C) sum over c and i of p[c, i] log(p[c, i] / q[c, i]) (Shu et
+    al. 2021, 2011.13256), without T^2: `channel_kl(...).mean()` times it is their loss. (B, C, H, W),
     (B, C, H', W') -> (B, C), at least 0 but for rounding, and blind to a constant added to a
     channel. Raises ValueError where the numbers of channels differ: project the student first.
     """
@@ -69,9 +69,9 @@ def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"student {ours} and teacher {theirs} must be (B, C, H, W) with the same B"
         )
-    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
     s, t = (
-        x if [*x.shape[2:]] == size else F.adaptive_avg_pool2d(x, size)
+        x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
         for x in (at_least_fp32(student), at_least_fp32(teacher))
     )
     return s, t
