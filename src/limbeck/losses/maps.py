@@ -32,7 +32,7 @@ def channel_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
     """Per channel, KL(teacher || student) of the softmaxes over locations, in nats.
 
     Channel-wise distillation, (T^2 / C) sum over c and i of p[c, i] log(p[c, i] / q[c, i]) (Shu et
-    al. 2021, 2011.13256), without T^2: `channel_kl(...).mean()` times it is their loss. (B, C, H, W),
+    al. 2021, 2011.13256), without T^2: `channel_kl(...).mean()` times it is theirs. (B, C, H, W),
     (B, C, H', W') -> (B, C), at least 0 but for rounding, and blind to a constant added to a
     channel. Raises ValueError where the numbers of channels differ: project the student first.
     """
