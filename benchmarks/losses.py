@@ -1,6 +1,12 @@
 """Time and peak memory of a head with its loss, forward and backward, side by side in one run.
 
     python benchmarks/losses.py [--quick] [--json FILE] [--dtype float32|bfloat16] [--width 576]
+    python benchmarks/losses.py --targets [--clock cpu]
+
+Peers (`pip install --no-deps trl liger-kernel`, the `peers` extra) are compared where they can be
+imported and give our value and gradient on a small case; where not, a line says why. With bfloat16
+inputs ours multiplies in fp32, and so does all else by default; `--matmul bfloat16` puts all else
+under autocast, which is another precision and, without AMX, several times slower.
 
 Every measurement is a fresh process. Time: the median of interleaved rounds, each the faster of
 two steps after a warm-up, with glibc told to keep memory, as in training; `--clock cpu`
@@ -9,7 +15,8 @@ kernel's high-water mark (VmHWM) of the first step above what was resident befor
 has loaded the code, inputs and teacher signals are resident, gradients are not.
 
 The floor: 2 P V D operations for each of 3 matmuls (logits, hidden's gradient, weight's gradient),
-and no bytes beyond the two gradients, 4 (P D + V D).
+and no bytes beyond the two gradients, 4 (P D + V D). "naive KL stored" has its teacher's logits
+given, outside time and memory.
 """
 
 from __future__ import annotations
@@ -26,8 +33,14 @@ from pathlib import Path
 
 NAIVE_LIMIT_BYTES = 16e9  # what a naive path may need; beyond it is skipped and said so
 NAIVE_COPIES = 7  # (P, V) fp32 tensors at its peak: student, teacher, both log_softmax, ...
-PATHS = ["cross-entropy", "naive KL", "fused KL", "fused top-k", "fused sample"]
-TOP_K = 64
+NAIVE = ("naive KL", "naive KL stored", "TRL GKD")
+OURS = ("fused KL", "fused top-k", "fused sample")
+PEERS = ("TRL GKD", "TRL tiled", "Liger 1024", "Liger 128", "TRL top-k")
+PATHS = ("cross-entropy", "naive KL", "naive KL stored", *OURS, *PEERS)
+BASES = ("cross-entropy", "naive KL")
+# (base, time, memory): what "fused top-k" must reach at V = 49,152, 2,048 positions, bfloat16
+TARGETS = (("cross-entropy", 1.25, 0.25), ("naive KL", 0.55, 0.1))
+TARGET_SETTING = {"classes": [49_152], "positions": [2048], "dtype": "bfloat16"}
 
 
 def main() -> None:
@@ -40,16 +53,26 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--matmul", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS)
+    parser.add_argument("--targets", action="store_true", help="their setting, and a verdict")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(json.loads(args.worker))
         return
+    if args.targets:
+        vars(args).update(TARGET_SETTING)
     classes = args.classes or ([32_000] if args.quick else [32_000, 49_152, 151_936])
     positions = args.positions or ([512] if args.quick else [512, 2048, 8192])
     width = args.width or (256 if args.quick else 576)
-    rounds = 3 if args.quick else args.rounds
+    rounds = 1 if args.quick else args.rounds
     cases = [(v, p) for v in classes for p in positions]
+    skipped = work({"what": "disagreements"})
+    for path in args.paths:
+        if path in skipped:
+            print(f"{path}: {skipped[path]}")
+    args.paths = [path for path in args.paths if path not in skipped]
     rows = [row for v, p in cases for row in compare(v, p, width, args, rounds)]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -58,48 +81,67 @@ def main() -> None:
 def compare(
     classes: int, positions: int, width: int, args: argparse.Namespace, rounds: int
 ) -> list[dict]:
-    setting = f"V={classes} P={positions} D={width} {args.dtype} {args.clock} clock"
+    setting = f"V={classes} P={positions} D={width} {args.dtype} inputs, "
+    setting += f"{args.matmul} matmuls, {args.clock} clock"
     too_large = 4 * NAIVE_COPIES * classes * positions > NAIVE_LIMIT_BYTES
-    paths = [p for p in PATHS if not (too_large and p == "naive KL")]
+    paths = [p for p in args.paths if not (too_large and p in NAIVE)]
     found: dict[str, list[dict]] = {path: [] for path in paths}
     for _ in range(rounds):  # interleaved: a disturbance meets all
         for path in paths:
             case = {"path": path, "classes": classes, "positions": positions, "width": width}
-            case |= {"dtype": args.dtype, "clock": args.clock}
-            found[path].append(measure(case, "time") | measure(case, "memory"))
+            case |= {"dtype": args.dtype, "clock": args.clock, "matmul": args.matmul}
+            found[path].append(work(case | {"what": "time"}) | work(case | {"what": "memory"}))
+            print(path, found[path][-1], file=sys.stderr, flush=True)
     ms = {p: statistics.median(x["ms"] for x in found[p]) for p in paths}
     mib = {p: statistics.median(x["mib"] for x in found[p]) for p in paths}
     floor = 4 * (positions * width + classes * width) / 2**20
     gigaflops = 6 * positions * classes * width / 1e9
     print(f"\n{setting}: floor {gigaflops:.0f} GFLOP, {floor:.0f} MiB")
     if too_large:
-        print("  naive KL: skipped, its tensors alone would pass 16 GB")
+        print(f"  skipped, their tensors alone would pass 16 GB: {', '.join(NAIVE)}")
     print(f"  {'path':<15}{'ms':>9}{'GFLOP/s':>9}{'MiB':>9}{'x CE ms':>9}{'x CE MiB':>9}"
           f"{'x KL ms':>9}{'x KL MiB':>9}")  # fmt: skip
     for path in paths:
         ratios = [
             f"{table[path] / table[other]:9.2f}" if other in paths else f"{'-':>9}"
-            for other in ("cross-entropy", "naive KL")
+            for other in BASES
             for table in (ms, mib)
         ]
         speed = gigaflops / ms[path] * 1e3
         print(f"  {path:<15}{ms[path]:9.0f}{speed:9.1f}{mib[path]:9.0f}{''.join(ratios)}")
+    spread = max(
+        max(x["ms"] for x in found[p]) / min(x["ms"] for x in found[p]) for p in paths
+    )
+    print(f"  {rounds} rounds; slowest over fastest round of one path: at most {spread:.2f}")
+    if args.targets:
+        judge(ms, mib)
     return [
         {
             "measure": f"{path}: {measure_name}", "setting": setting, "ours": table[path],
             "other": table[other], "other_name": other, "ratio": table[path] / table[other],
             "unit": unit, "n": rounds,
         }
-        for path in paths if path.startswith("fused")
-        for other in ("cross-entropy", "naive KL") if other in paths
+        for path in paths if path in OURS
+        for other in paths if other not in OURS
         for measure_name, table, unit in (("time", ms, "ms"), ("peak memory", mib, "MiB"))
     ]  # fmt: skip
 
 
-def measure(case: dict, what: str) -> dict:
-    command = [sys.executable, __file__, "--worker", json.dumps(case | {"what": what})]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+def judge(ms: dict[str, float], mib: dict[str, float]) -> None:
+    for base, time_limit, memory_limit in TARGETS:
+        for name, table, limit in (("time", ms, time_limit), ("peak memory", mib, memory_limit)):
+            if {"fused top-k", base} <= table.keys():
+                ratio = table["fused top-k"] / table[base]
+                verdict = "reached" if ratio <= limit else "NOT reached"
+                print(f"  fused top-k over {base}, {name}: {ratio:.3f}, target {limit}: {verdict}")
+
+
+def work(case: dict) -> dict:
+    command = [sys.executable, __file__, "--worker", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{case}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def worker(case: dict) -> None:
@@ -107,6 +149,11 @@ def worker(case: dict) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if case["what"] == "disagreements":
+        from losses_paths import disagreements
+
+        print(json.dumps(disagreements()))
+        return
     if case["what"] == "time":
         from limbeck._startup import keep_memory
 
@@ -115,7 +162,7 @@ def worker(case: dict) -> None:
         step()
         print(json.dumps({"ms": min(timed(step, case["clock"]) for _ in range(2))}))
         return
-    prepare(case | {"classes": 2 * TOP_K, "positions": 32, "width": 8})()
+    prepare(case | {"classes": 128, "positions": 32, "width": 8})()
     step = prepare(case)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     before = status("VmRSS")
@@ -139,51 +186,18 @@ def status(name: str) -> int:
 def prepare(case: dict) -> Callable[[], None]:
     """One forward and backward, its inputs made."""
     import torch
-    from torch.nn import functional as F
 
-    from limbeck.losses import fused
-    from limbeck.losses.divergence import forward_kl
+    from losses_paths import PATHS, make_inputs
 
-    torch.manual_seed(0)
-    num, classes, width = case["positions"], case["classes"], case["width"]
-    path = case["path"]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case["dtype"] == "bfloat16")
-    hidden = torch.randn(num, width).to(getattr(torch, case["dtype"])).requires_grad_()
-    weight = (torch.randn(classes, width) / width**0.5).requires_grad_()
-    head = fused.Head(weight=weight)
-    each = torch.full((num,), 1 / num)
-    labels = torch.randint(classes, (num,))
-    needs_teacher = path in ("naive KL", "fused KL")
-    # as at capture: a teacher's last hidden states are what is stored, its head is at hand
-    teacher_hidden = torch.randn(num, 2 * width) if needs_teacher else None
-    teacher_weight = torch.randn(classes, 2 * width) / width**0.5 if needs_teacher else None
-    ids = torch.randint(classes - TOP_K, (num, 1)) + torch.arange(TOP_K)  # distinct
-    probs = torch.rand(num, TOP_K).softmax(-1) * 0.9
-    tail = torch.full((num,), 0.1)
-
-    def fused_step(loss: fused.Loss) -> torch.Tensor:
-        return fused.fused_loss(hidden, head, [fused.Term(loss=loss, weight=each)]).total
-
-    def total() -> torch.Tensor:
-        if path == "cross-entropy":
-            return F.cross_entropy(F.linear(hidden, weight).float(), labels)
-        if path == "naive KL":
-            with torch.no_grad():
-                teacher = F.linear(teacher_hidden, teacher_weight).float()
-            log_q = F.linear(hidden, weight).float().log_softmax(-1)
-            return F.kl_div(log_q, teacher.log_softmax(-1), log_target=True,
-                            reduction="batchmean")  # fmt: skip
-        if path == "fused KL":
-            other = fused.Head(weight=teacher_weight)
-            return fused_step(fused.against_head(forward_kl, teacher_hidden, other))
-        if path == "fused top-k":
-            return fused_step(fused.against_sparse(forward_kl, ids, probs, tail))
-        return fused_step(fused.against_sample(ids, probs))
+    inputs = make_inputs(
+        case["path"], case["positions"], case["classes"], case["width"], case["dtype"]
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case["matmul"] == "bfloat16")
 
     def step() -> None:
-        hidden.grad = weight.grad = None
+        inputs.hidden.grad = inputs.weight.grad = None
         with autocast:
-            loss = total()
+            loss = PATHS[case["path"]](inputs)
         loss.backward()
 
     return step

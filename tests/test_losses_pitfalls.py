@@ -1,6 +1,7 @@
 """One test per error that other projects have shipped and that a pure loss can make.
 
-The numbers are those of PITFALLS.md in the project's notes; the others concern bookkeeping.
+The numbers are those of PITFALLS.md in the project's notes; the others concern bookkeeping, and
+how a capture or a training goes.
 """
 
 import math
@@ -10,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from limbeck.losses.crosstokenizer import uld
-from limbeck.losses.divergence import forward_kl, jsd, reverse_kl
+from limbeck.losses.divergence import forward_kl, jsd, reverse_kl, skew_kl, tvd
 from limbeck.losses.fused import (
     Head,
     Term,
     against_head,
     against_labels,
     against_logits,
+    against_sample,
     against_sparse,
     fused_loss,
 )
@@ -56,6 +58,28 @@ def test_3_a_position_that_is_to_be_ignored_is_and_a_label_that_is_not_there_is_
     torch.testing.assert_close(fused_loss(hidden, head, [term]).total, expected)
     with pytest.raises((RuntimeError, IndexError)):
         fused_loss(hidden, head, [Term(loss=against_labels(labels), weight=torch.ones(4))])
+
+
+def test_4_a_position_counts_the_same_however_the_step_is_cut():
+    hidden, weight = randn(P, D), randn(V, D, seed=1).requires_grad_()
+    teacher = randn(P, V, seed=2)
+    counted = (torch.arange(P) % 3 != 0) & (torch.arange(P) < 30)  # the cut's parts are unlike
+
+    def gradient(parts):
+        total = torch.zeros_like(weight)
+        for rows in parts:
+            term = Term(
+                loss=against_logits(forward_kl, teacher[rows]),
+                weight=counted[rows] / counted.sum(),
+            )
+            loss = fused_loss(hidden[rows], Head(weight=weight), [term]).total
+            total += torch.autograd.grad(loss, weight)[0]
+        return total
+
+    values = forward_kl(hidden @ weight.T, teacher)[counted]
+    (expected,) = torch.autograd.grad(values.mean(), weight)
+    for parts in ([slice(0, P)], [slice(0, 7), slice(7, 29), slice(29, P)]):
+        torch.testing.assert_close(gradient(parts), expected)
 
 
 def test_5_no_path_multiplies_by_temperature_squared():
@@ -104,6 +128,16 @@ def test_7_and_29_logits_are_never_rounded_to_bf16(autocast):
     assert rounded > 5 * ours
 
 
+@pytest.mark.parametrize("function", [forward_kl, reverse_kl, jsd, skew_kl, tvd])
+def test_29_a_softmax_stays_in_fp32_under_autocast(function):
+    student, teacher = randn(P, V, scale=3).bfloat16(), randn(P, V, seed=1, scale=3).bfloat16()
+    expected = function(student.double(), teacher.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(student, teacher)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_8_logit_scale_and_softcap_are_applied():
     hidden, weight = randn(P, D), randn(V, D, seed=1)
     head = Head(weight=weight, logit_scale=0.3, softcap=2.0)
@@ -114,6 +148,37 @@ def test_8_logit_scale_and_softcap_are_applied():
         fused_values(hidden, head, against_labels(labels)),
         F.cross_entropy(expected, labels, reduction="none"),
     )
+
+
+def test_9_a_position_without_a_teacher_is_left_out_and_does_not_spread():
+    hidden, head = randn(P, D).requires_grad_(), Head(weight=randn(V, D, seed=1).requires_grad_())
+    teacher = randn(P, V, seed=2)
+    teacher[0] = -torch.inf
+    there = torch.ones(P).index_fill(0, torch.tensor([0]), 0)
+    found = fused_loss(hidden, head, [Term(loss=against_logits(forward_kl, teacher), weight=there)])
+    expected = forward_kl(head.logits(hidden), teacher)[1:].sum()
+    torch.testing.assert_close(found.total, expected)
+    found.total.backward()
+    assert (hidden.grad[0] == 0).all()
+    assert head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num", [P - 1, P + 1, P + 7])
+def test_10_a_teacher_of_another_number_of_tokens_is_refused(num):
+    hidden, head = randn(P, D), Head(weight=randn(V, D, seed=1))
+    teacher, ids = randn(num, V), torch.arange(3).expand(num, 3)
+    probs = torch.full((num, 3), 0.2)
+    with pytest.raises(ValueError, match="must match"):
+        forward_kl(head.logits(hidden), teacher)
+    for loss in (
+        against_logits(forward_kl, teacher),
+        against_head(forward_kl, randn(num, D), head),
+        against_sparse(forward_kl, ids, probs, torch.full((num,), 0.4)),
+        against_sample(ids, probs),
+        against_labels(torch.zeros(num, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=f"the teacher has {num} positions, hidden {P}"):
+            fused_values(hidden, head, loss)
 
 
 def test_11_a_vocabulary_is_never_padded_with_zero_logits():
@@ -133,6 +198,24 @@ def test_12_mass_that_the_student_puts_outside_the_best_k_costs():
     assert sparse_divergence(forward_kl, within, ids, probs, tail).item() < 1e-6
     found = sparse_divergence(forward_kl, outside, ids, probs, tail).item()
     assert found == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_13_a_sample_has_the_dense_gradient_as_its_mean_and_a_renormalised_top_k_has_not():
+    logits, teacher = randn(V, seed=1), randn(V, seed=2)
+    p, q = teacher.softmax(-1), logits.softmax(-1)
+    dense = q - p
+
+    def gradient(ids, weights):
+        leaf = logits.expand(len(ids), V).clone().requires_grad_()
+        return torch.autograd.grad(sampled_cross_entropy(leaf, ids, weights).sum(), leaf)[0]
+
+    # one id drawn from a flatter proposal, its weight p / proposal: the mean over all draws
+    proposal = (teacher / 2).softmax(-1)
+    draws = gradient(torch.arange(V)[:, None], (p / proposal)[:, None])
+    torch.testing.assert_close((proposal[:, None] * draws).sum(0), dense, atol=1e-6, rtol=1e-5)
+    best = p.topk(10)
+    renormalised = gradient(best.indices[None], (best.values / best.values.sum())[None])[0]
+    assert (renormalised - dense).norm() > 0.2 * dense.norm()
 
 
 def test_14_kl_reaches_0_is_not_divided_by_the_vocabulary_and_cross_entropy_is_called_so():
@@ -163,6 +246,7 @@ def test_22_every_setting_of_a_term_is_read():
         lambda t: against_logits(forward_kl, teacher, temperature=t),
         lambda t: against_head(forward_kl, hidden, Head(weight=randn(V, D)), temperature=t),
         lambda t: against_sparse(forward_kl, ids, probs, tail, temperature=t),
+        lambda t: against_sample(ids, probs, temperature=t),
     ):
         one, four = (fused_values(hidden, head, make(t)) for t in (1.0, 4.0))
         assert (one - four).abs().max() > 1e-3

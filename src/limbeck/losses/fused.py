@@ -74,11 +74,25 @@ class Fused:
     values: tuple[Tensor, ...]  # per term (P,), in nats, unweighted; 0 where no term counts
 
 
+@dataclass(frozen=True, slots=True)
+class Against:
+    """A loss that knows how many positions its teacher has: of too many, a slice tells nothing."""
+
+    num_positions: int
+    loss: Loss
+
+    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
+        return self.loss(logits, rows)
+
+
 def against_logits(
     divergence: Callable[..., Tensor], teacher_logits: Tensor, *, temperature: float = 1.0
 ) -> Loss:
     """A divergence from dense teacher logits (P, V)."""
-    return lambda logits, rows: divergence(logits, teacher_logits[rows], temperature=temperature)
+    return Against(
+        len(teacher_logits),
+        lambda logits, rows: divergence(logits, teacher_logits[rows], temperature=temperature),
+    )
 
 
 def against_head(
@@ -95,7 +109,7 @@ def against_head(
             teacher_logits = teacher_head.logits(teacher_hidden[rows])  # (c, V)
         return divergence(logits, teacher_logits, temperature=temperature)
 
-    return loss
+    return Against(len(teacher_hidden), loss)
 
 
 def against_sparse(
@@ -107,21 +121,27 @@ def against_sparse(
     temperature: float = 1.0,
 ) -> Loss:
     """`sparse_divergence` from (P, K), (P, K), (P,), taken at `temperature`."""
-    return lambda logits, rows: sparse_divergence(
-        divergence, logits, ids[rows], probs[rows], tail[rows], temperature=temperature
+    return Against(
+        len(ids),
+        lambda logits, rows: sparse_divergence(
+            divergence, logits, ids[rows], probs[rows], tail[rows], temperature=temperature
+        ),
     )
 
 
 def against_sample(ids: Tensor, weights: Tensor, *, temperature: float = 1.0) -> Loss:
     """`sampled_cross_entropy` from (P, K), (P, K)."""
-    return lambda logits, rows: sampled_cross_entropy(
-        logits, ids[rows], weights[rows], temperature=temperature
+    return Against(
+        len(ids),
+        lambda logits, rows: sampled_cross_entropy(
+            logits, ids[rows], weights[rows], temperature=temperature
+        ),
     )
 
 
 def against_labels(labels: Tensor) -> Loss:
     """Cross-entropy with hard labels (P,) int64, valid wherever any of the terms counts."""
-    return lambda logits, rows: cross_entropy(logits, labels[rows])
+    return Against(len(labels), lambda logits, rows: cross_entropy(logits, labels[rows]))
 
 
 def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: bool = False) -> Fused:
@@ -131,14 +151,19 @@ def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: boo
     matmul: it costs nothing, its gradient is exactly zero, and NaN there does not spread. Memory:
     some chunks of `CHUNK_BYTES` and a gradient like each input, which the backward hands over
     without a copy; `retain` copies it, for a graph that is walked more than once. Raises ValueError
-    where a weight's shape is not (P,), RuntimeError for a second walk without `retain` and for a
-    second derivative.
+    where a weight's shape is not (P,) or a teacher has other than P positions, RuntimeError for a
+    second walk without `retain` and for a second derivative.
     """
     for term in terms:
         if term.weight.shape != hidden.shape[:1]:
             raise ValueError(
                 f"weights {tuple(term.weight.shape)} must be one per position, hidden is "
                 f"{tuple(hidden.shape)}"
+            )
+        if isinstance(term.loss, Against) and term.loss.num_positions != len(hidden):
+            raise ValueError(
+                f"the teacher has {term.loss.num_positions} positions, hidden {len(hidden)}: are "
+                "both from the same tokens?"
             )
     inputs = (hidden, head.weight, head.bias)
     wanted = [
