@@ -228,3 +228,36 @@ def test_what_cannot_be_is_refused():
     objective = Objective(soft_weight=1.0, hard_weight=0.0, divergence="dist")
     with pytest.raises(RecipeError, match="compares a batch's examples"):
         stepped(causal(CONFIGS["llama"]), "fused", objective)
+
+
+def test_another_size_of_the_same_vocabulary_distils_by_its_shared_part():
+    model = causal(CONFIGS["llama"])
+
+    class Padded(Teacher):
+        def signal(self, batch, needs):
+            logits = super().signal(batch, needs).logits
+            return Signal(logits=torch.cat([logits, logits[..., :7]], -1))
+
+    found = []
+    for backend in ("dense", "fused"):
+        objective = Objective(**BOTH, shared_ids=VOCAB)
+        training = step.Training(
+            rows=Rows(), teacher=Padded(), objective=objective, seed=0, title="t",
+            spec=TrainingSpec(epochs=1, batch_size=24, learning_rate=1e-3, backend=backend),
+        )  # fmt: skip
+        step_of = step.Step(model, training, [*model.parameters()])
+        step.start_head(step_of)
+        found.append(step_of(0, look=False))
+        step_of.observe.close()
+    plain, *_ = stepped(model, "dense", Objective(**BOTH))
+    assert apart(found[0], plain) < 1e-6 and apart(found[1], plain) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_model_makes_the_same_step():
+    model = causal(CONFIGS["llama"])
+    dense, *_ = stepped(model, "dense", Objective(**BOTH))
+    same = torch.compile(model, backend="aot_eager")
+    with torch._functorch.config.patch(donated_buffer=False):  # a look walks the graph thrice
+        compiled, *_ = stepped(same, "dense", Objective(**BOTH))
+    assert apart(compiled, dense) < 1e-5

@@ -51,7 +51,7 @@ def test_padding_is_dropped_on_the_teachers_side_and_pushed_down_on_the_students
         assert (student.grad[:, 24:] > 0).all(), "a step lowers them"
 
 
-@pytest.mark.parametrize("k", [4, 12])
+@pytest.mark.parametrize("k", [4, 12, 20])
 def test_kept_targets_lose_what_the_student_cannot_say(k):
     teacher = logits(50, 32, seed=2)
     codec = TopK(k=k, values="fp16", temperatures=(2.0,))

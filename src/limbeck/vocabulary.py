@@ -63,24 +63,25 @@ def fitted(
     ids = targets.ids.masked_fill(~known, 0)  # an empty slot: probability 0, any id
     tail = targets.tail
     if targets.kind == "kept":
-        probs, tail, ids = _without_doubles(probs, tail, ids, known)
+        probs, tail, ids = _without_doubles(probs, tail, ids, known, shared)
     return SparseTargets(
         kind=targets.kind, ids=ids, probs=probs, tail=tail, temperature=targets.temperature
     )
 
 
 def _without_doubles(
-    probs: Tensor, tail: Tensor, ids: Tensor, known: Tensor
+    probs: Tensor, tail: Tensor, ids: Tensor, known: Tensor, shared: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty slots take ids that no other slot of their position has; what is left sums to 1.
 
     `sparse_divergence` sees each id as an outcome of its own, so that none may stand twice.
     """
     width = ids.shape[-1]
-    # of the first 2 K + 1 ids at least K are free; the last stands for all behind them
-    taken = torch.zeros(*ids.shape[:-1], 2 * width + 1, dtype=torch.int8, device=ids.device)
+    # of the first 2 K ids enough are free; one more stands for all behind them
+    some = min(2 * width, shared)
+    taken = torch.zeros(*ids.shape[:-1], some + 1, dtype=torch.int8, device=ids.device)
     ones = known.to(torch.int8)
-    taken.scatter_add_(-1, ids.masked_fill(~known, 2 * width).clamp_max(2 * width), ones)
+    taken.scatter_add_(-1, ids.masked_fill(~known, some).clamp_max(some), ones)
     free = taken[..., :-1].sort(dim=-1, stable=True).indices[..., :width]
     slot = (~known).cumsum(-1).sub(1).clamp_min(0)
     ids = torch.where(known, ids, free.gather(-1, slot))
