@@ -1,5 +1,6 @@
 """A family: its sizes are views of one set of weights, and learn as they would alone."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,11 +14,13 @@ from transformers import AutoModelForMaskedLM
 from limbeck.architecture.axes import Axis, Group, Member
 from limbeck.architecture.cut import build_student, cut, full_shape, student_config
 from limbeck.architecture.probe import example_inputs, find_axes
-from limbeck.elastic import Sampling, elastic_gradient
+from limbeck.elastic import ElasticStep, Sampling
 from limbeck.errors import AxisError
 from limbeck.family import Family
 from limbeck.objective import Objective
-from limbeck.shared_adamw import SharedAdamW, gather, norm
+from limbeck.recipe import TrainingSpec
+from limbeck.shared_adamw import Piece, SharedAdamW, clip, gather
+from limbeck.step import Training
 from limbeck.temperature import Fixed
 from limbeck.types import Batch, Shape, Signal
 from tiny_models import bert_axes, bert_config, build, logits, random_model
@@ -55,11 +58,32 @@ class Known:
         return Signal(logits=table[batch.example_ids])
 
 
+class Lesson(Training):
+    """The same eight examples in every step, cut where the test says."""
+
+    cuts = ()
+
+    def batches(self, step):
+        ends = [0, *self.cuts, 8]
+        return [batch(a, b) for a, b in itertools.pairwise(ends)]
+
+
 def lesson(*cuts):
-    ends = [0, *cuts, 8]
-    batches = [batch(a, b) for a, b in zip(ends, ends[1:], strict=False)]
-    objective = Objective(temperature=Fixed(2.0), soft_weight=0.25, hard_weight=0.75)
-    return SimpleNamespace(teacher=Known(), objective=objective, batches=lambda step: batches)
+    made = Lesson(
+        rows=range(8), teacher=Known(), seed=0, title="",
+        objective=Objective(temperature=Fixed(2.0), soft_weight=0.25, hard_weight=0.75),
+        spec=TrainingSpec(epochs=1, batch_size=8, learning_rate=1e-2),
+    )  # fmt: skip
+    object.__setattr__(made, "cuts", cuts)
+    return made
+
+
+def gradient(family, names, *cuts):
+    """(pieces, each size's loss) of a step in which these sizes are active."""
+    step = ElasticStep(family, lesson(*cuts), Sampling(policy="all"))
+    step.steps = {name: step.steps[name] for name in names}
+    found = step(0, look=False)
+    return found.pieces, {n: sum(f.terms.values()) for n, f in found.sizes.items()}
 
 
 def scattered(family, pieces):
@@ -82,8 +106,8 @@ def test_sizes_are_views_and_nothing_is_held_twice(teacher):
             assert parameter.untyped_storage().data_ptr() in held
     floats = sum(w.untyped_storage().nbytes() for w in fam.weights.values()) // 4
     # what the largest size along each axis needs: 3 layers of width 24, ffn 48
-    around = build(student_config(bert_config(), bert_axes(),
-                                  Shape({"hidden": 24, "heads": 3, "ffn": 48}, (0, 1, 2))))  # fmt: skip
+    hull = Shape({"hidden": 24, "heads": 3, "ffn": 48}, (0, 1, 2))
+    around = build(student_config(bert_config(), bert_axes(), hull))
     assert floats == sum(p.numel() for p in around.parameters())
 
 
@@ -129,7 +153,7 @@ def test_what_one_size_learns_the_others_have(teacher):
 def test_the_gradient_is_the_sum_of_the_sizes_own_scattered_into_place(teacher):
     """Against autograd through the teacher's whole weights."""
     fam, work = family(teacher), lesson()
-    pieces, losses = elastic_gradient(fam, work, list(SHAPES), 0)
+    pieces, losses = gradient(fam, SHAPES)
     found = scattered(fam, pieces)
     whole = {n: t.detach().requires_grad_() for n, t in teacher.state_dict().items()}
     (data,) = work.batches(0)
@@ -140,85 +164,68 @@ def test_the_gradient_is_the_sum_of_the_sizes_own_scattered_into_place(teacher):
         loss = sum(term.total for term in terms.values()) / 8
         torch.testing.assert_close(losses[name], loss.detach())
         (loss / len(SHAPES)).backward()
-    for name, gradient in found.items():
+    for name, ours in found.items():
         expected = whole[name].grad
-        region = tuple(slice(0, n) for n in gradient.shape)
-        torch.testing.assert_close(gradient, expected[region], rtol=1e-4, atol=1e-6)
-        assert expected.norm() == pytest.approx(float(gradient.norm()), rel=1e-4)
+        region = tuple(slice(0, n) for n in ours.shape)
+        torch.testing.assert_close(ours, expected[region], rtol=1e-4, atol=1e-6)
+        assert expected.norm() == pytest.approx(float(ours.norm()), rel=1e-4, abs=1e-6)
     total = torch.cat([t.grad.flatten() for t in whole.values() if t.grad is not None]).norm()
-    torch.testing.assert_close(norm(pieces), total, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(clip(pieces, 1e9), total, rtol=1e-4, atol=1e-6)
+    clip(pieces, 0.01)
+    torch.testing.assert_close(clip(pieces, 1e9), torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("ladder", [0.0, 0.5])
-def test_the_gradient_does_not_depend_on_the_micro_batches(teacher, ladder):
+def test_the_gradient_does_not_depend_on_the_micro_batches(teacher):
     fam = family(teacher)
-    once, losses = elastic_gradient(fam, lesson(), list(SHAPES), 0, ladder=ladder)
-    thrice, same = elastic_gradient(fam, lesson(3, 5), list(SHAPES), 0, ladder=ladder)
+    once, losses = gradient(fam, SHAPES)
+    thrice, same = gradient(fam, SHAPES, 3, 5)
     whole = scattered(fam, once)
-    for name, gradient in scattered(fam, thrice).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6)
+    for name, found in scattered(fam, thrice).items():
+        torch.testing.assert_close(found, whole[name], rtol=1e-4, atol=1e-6)
     for name in SHAPES:
         torch.testing.assert_close(losses[name], same[name])
 
 
-def test_the_ladder_teaches_the_smaller_what_the_larger_says(teacher):
-    fam = family(teacher)
-    plain, _ = elastic_gradient(fam, lesson(), ["large", "small"], 0)
-    ladder, _ = elastic_gradient(fam, lesson(), ["large", "small"], 0, ladder=1.0)
-    first, _ = elastic_gradient(fam, lesson(), ["large"], 0)
-    alone, _ = elastic_gradient(fam, lesson(), ["large"], 0, ladder=1.0)
-    head = "classifier.weight"
-    assert not torch.allclose(scattered(fam, plain)[head], scattered(fam, ladder)[head], rtol=1e-3)
-    assert torch.equal(scattered(fam, first)[head], scattered(fam, alone)[head])
-
-
 def test_own_vectors_are_each_sizes_and_matrices_are_shared(teacher):
     fam = family(teacher, own_vectors=True)
-    pieces, _ = elastic_gradient(fam, lesson(), ["small"], 0)
+    pieces, _ = gradient(fam, ["small"])
     owned = {piece.name for piece in pieces if piece.values.dim() == 1}
     assert owned
     assert all(name.startswith("small/") for name in owned)
     assert {w.dim() for n, w in fam.weights.items() if "/" not in n} == {2}
 
 
-def test_adamw_of_a_family_of_one_is_torchs(teacher):
-    """But for tables, whose idle rows rest: here all rows of the vocabulary are used."""
-    fam = family(teacher, {"only": SMALL})
-    model = fam.extract("only")
-    ids = torch.arange(99).repeat(2)[: 6 * 33].view(33, 6)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    theirs = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=1e-2, betas=(0.9, 0.98),
-    )  # fmt: skip
-    ours = SharedAdamW(fam.weights, lambda name: 1e-2, 0.1)
-    labels = torch.arange(33) % 5
-    data = Batch(inputs=inputs, labels=labels, mask=torch.ones(33, dtype=torch.bool),
-                 example_ids=labels)  # fmt: skip
-    work = SimpleNamespace(teacher=Known(), objective=Objective(), batches=lambda step: [data])
-    for step in range(3):
-        theirs.zero_grad()
-        nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
-        theirs.step()
-        pieces, _ = elastic_gradient(fam, work, ["only"], step)
-        ours.step(pieces, number=step + 1, factor=1.0, scale=torch.ones(()))
-    state = fam.extract("only").state_dict()
-    for name, expected in model.state_dict().items():
-        if "position" in name or "token_type" in name:
-            expected, state[name] = expected[:1], state[name][:1]  # rows that are used
-        if "word" in name:
-            expected, state[name] = expected[1:], state[name][1:]  # padding has no gradient
-        torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=2e-4)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["whole", "region", "rows"])
+def test_adamw_is_torchs_on_what_has_a_gradient(kind, decay):
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, generator=random)
+    rows = torch.tensor([1, 2, 4]) if kind == "rows" else None
+    region = {"whole": (slice(0, 6), slice(0, 5)), "region": (slice(0, 4), slice(0, 3)),
+              "rows": (slice(None), slice(0, 3))}[kind]  # fmt: skip
+
+    def part(tensor):
+        return tensor[region] if rows is None else tensor[region][rows]
+
+    theirs = part(weight).clone().requires_grad_()
+    outside = weight.clone()
+    reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.98), weight_decay=decay)
+    ours = SharedAdamW({"w": weight}, {"w": 2e-2}, decay)
+    for number in (1, 2, 3):
+        theirs.grad = torch.randn(theirs.shape, generator=random)
+        reference.step()
+        ours.step([Piece("w", region, theirs.grad.clone(), rows)], number=number, factor=0.5)
+    torch.testing.assert_close(part(weight), theirs.detach())
+    changed = (weight != outside).sum()
+    assert changed == theirs.numel(), "the rest rests"
 
 
 def test_what_no_active_size_reads_rests(teacher):
     fam = family(teacher)
     before = {name: w.clone() for name, w in fam.weights.items()}
-    optimizer = SharedAdamW(fam.weights, lambda name: 1e-2, 0.1)
-    pieces, _ = elastic_gradient(fam, lesson(), ["small"], 0)
-    optimizer.step(pieces, number=1, factor=1.0, scale=torch.ones(()))
+    optimizer = SharedAdamW(fam.weights, dict.fromkeys(fam.weights, 1e-2), 0.1)
+    pieces, _ = gradient(fam, ["small"])
+    optimizer.step(pieces, number=1, factor=1.0)
     words = "bert.embeddings.word_embeddings.weight"
     used = lesson().batches(0)[0].inputs["input_ids"].unique()
     idle = torch.ones(99, dtype=torch.bool).index_fill(0, used, False)
@@ -262,6 +269,13 @@ def test_shares_may_change_on_the_way():
     assert draws(sampling) == [["e"]] * 150 + [["a"]] * 50
 
 
+def test_each_size_has_its_own_learning_rate():
+    sampling = Sampling(rates={"a": 1.0, "e": 3.0})
+    assert [sampling.rate([name]) for name in ("a", "b", "e")] == [1.0, 1.0, 3.0]
+    assert sampling.rate(["a", "e"]) == 2.0
+    assert Sampling().rate(NAMES) == 1.0
+
+
 def test_a_sandwich_has_both_ends_and_one_of_each_half():
     drawn = draws(Sampling(policy="sandwich"))
     assert {tuple(names) for names in drawn} == {("a", m, "d", "e") for m in "bc"}
@@ -301,9 +315,11 @@ class Packed(nn.Module):
 
 
 def packed_family():
-    members = (Member("qkv.weight", 0, segments=(1, 1, 1)),
-               Member("qkv.bias", 0, segments=(1, 1, 1)),
-               *(Member(f"norm.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var")))  # fmt: skip
+    plain = ("weight", "bias", "running_mean", "running_var")
+    members = (
+        *(Member(f"qkv.{n}", 0, segments=(1, 1, 1)) for n in ("weight", "bias")),
+        *(Member(f"norm.{n}", 0) for n in plain),
+    )
     axis = Axis(name="units", fields={"units": 1}, size=4, proved=True,
                 groups=(Group("units", 4, members),))  # fmt: skip
     torch.manual_seed(0)

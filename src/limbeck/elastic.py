@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from limbeck.cores import on_each
-from limbeck.family import Family, Size
-from limbeck.objective import Objective, total
+from limbeck.balance import Balance
+from limbeck.family import Family
 from limbeck.shared_adamw import Piece, gather
-from limbeck.types import Batch, Signal, Teacher
+from limbeck.step import Found, Step, Training
 
 _GOLDEN = 0.6180339887498949
 
@@ -28,7 +25,7 @@ class Sampling:
     """What is trained in a step.
 
     all: every size. sandwich: the largest, the smallest, and one from each half of those between.
-    one: one size, drawn with `shares`, or from equally many for each if there are none; from
+    one: one size, drawn with `shares`, or each as often as any other if there are none; from
     `switch` on (a fraction of the steps) with `late_shares`. Over any stretch of steps each size
     has its share almost exactly: the draws are a golden-ratio sequence, not independent.
     """
@@ -37,11 +34,15 @@ class Sampling:
     shares: Mapping[str, float] = field(default_factory=dict)
     late_shares: Mapping[str, float] = field(default_factory=dict)
     switch: float = 1.0
-    ladder: float = 0.0
-    """How much of the soft target comes from the next larger active size."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """What the learning rate is multiplied by where this size is active, 1 unless given. Smaller
+    ones want higher rates; of several that are active together the mean counts."""
+
+    def rate(self, active: Sequence[str]) -> float:
+        return sum(self.rates.get(name, 1.0) for name in active) / len(active)
 
     def active(self, names: Sequence[str], *, seed: int, step: int, done: float) -> list[str]:
-        """Names of the sizes of this step, largest first as `names` are."""
+        """Names of the sizes of this step, in the order of `names`: the largest first."""
         if self.policy == "all" or len(names) == 1:
             return [*names]
         if self.policy == "sandwich":
@@ -55,57 +56,59 @@ class Sampling:
         weights = np.array([given.get(name, 0.0) if given else 1.0 for name in names])
         start = np.random.default_rng((seed, len(names))).random()
         at = (start + step * _GOLDEN) % 1.0
-        return [names[int(np.searchsorted(np.cumsum(weights / weights.sum()), at, side="right"))]]
+        ends = np.cumsum(weights / weights.sum())[:-1]
+        return [names[int(np.searchsorted(ends, at, side="right"))]]
 
 
-class HasBatches(Protocol):
-    @property
-    def teacher(self) -> Teacher: ...
-    @property
-    def objective(self) -> Objective: ...
-    def batches(self, step: int) -> list[Batch]: ...
+@dataclass(frozen=True, kw_only=True)
+class FoundOfSizes:
+    """Of one optimizer step, all active sizes together."""
+
+    pieces: list[Piece]  # the gradient of the mean of their losses
+    learnt: list[Piece]  # that of what the balance learns
+    sizes: Mapping[str, Found]  # what each active size found
+    rate: float  # what the learning rate is to be multiplied by
+    of_family: bool  # of more than one size
 
 
-def elastic_gradient(
-    family: Family, training: HasBatches, active: Sequence[str], step: int, *, done: float = 0.0,
-    ladder: float = 0.0,
-) -> tuple[list[Piece], dict[str, Tensor]]:
-    """Gradient of the mean of the active sizes' losses, and each size's own loss. ()"""
-    batches = training.batches(step)
-    count = training.objective.count(batches)
-    sizes = [family.sizes[name] for name in active]
-    for size in sizes:
-        size.refresh(family.weights)
-    share = partial(_share, training, sizes, count, done, ladder)
-    shares = [*on_each(share, batches)]
-    found = [(size, part[0][i]) for part in shares for i, size in enumerate(sizes)]
-    losses = {
-        size.name: torch.stack([part[1][i] for part in shares]).sum()
-        for i, size in enumerate(sizes)
-    }
-    return gather(family, found), losses
+class ElasticStep:
+    """A `Step` for each size, and the sum of what the active ones find."""
 
+    def __init__(self, family: Family, training: Training, sampling: Sampling) -> None:
+        self.family, self.training, self.sampling = family, training, sampling
+        self.learnt: dict[str, Tensor] = {}
+        self.steps = {
+            name: Step(size.model, training, [p for _, p in size.trainable()])
+            for name, size in family.sizes.items()
+        }
 
-def _share(
-    training: HasBatches, sizes: Sequence[Size], count: Tensor, done: float, ladder: float,
-    batch: Batch,
-) -> tuple[list[tuple[Tensor | None, ...]], list[Tensor]]:  # fmt: skip
-    objective = training.objective
-    target = training.teacher.signal(batch, objective.needs)
-    gradients, losses = [], []
-    larger: Signal | None = None
-    for size in sizes:
-        output = Signal(logits=size.model(**batch.inputs).logits)
-        parts = total(objective.terms(output, target, batch, done=done), count)
-        if larger is not None and ladder and "soft" in parts:
-            theirs = objective.terms(output, larger, batch, done=done)
-            parts["soft"] = (1 - ladder) * parts["soft"] + ladder * total(theirs, count)["soft"]
-        loss = torch.stack([*parts.values()]).sum()
-        parameters = [*size.model.parameters()]
-        gradients.append(
-            torch.autograd.grad(loss / len(sizes), parameters, allow_unused=True)
-        )  # at once, so that one size's graph is alive at a time
-        losses.append(loss.detach())
-        assert output.logits is not None
-        larger = Signal(logits=output.logits.detach())
-    return gradients, losses
+    def balanced(self, balance: Balance) -> dict[str, Tensor]:
+        """From now on the terms are balanced so, alike for all sizes. What it has to learn."""
+        for step in self.steps.values():
+            step.balance = balance
+        self.learnt = {f"balance.{n}": p.detach() for n, p in balance.named_parameters()}
+        return self.learnt
+
+    def __call__(self, step: int, *, look: bool) -> FoundOfSizes:
+        active = self.sampling.active(
+            [*self.steps], seed=self.training.seed, step=step, done=step / self.training.steps
+        )
+        found: dict[str, Found] = {}
+        learnt: list[Piece] = []
+        for name in active:
+            size = self.family.sizes[name]
+            size.refresh(self.family.weights)
+            found[name] = self.steps[name](step, look=look)
+            for gradient in found[name].gradient:
+                if gradient is not None and len(active) > 1:
+                    gradient.mul_(1 / len(active))
+            last = found[name].gradient[len(size.trainable()) :]
+            for (where, parameter), gradient in zip(self.learnt.items(), last, strict=True):
+                if gradient is not None:
+                    region = tuple(slice(0, n) for n in parameter.shape)
+                    learnt.append(Piece(where, region, gradient))
+        pieces = gather(self.family, [(self.family.sizes[n], f.gradient) for n, f in found.items()])
+        return FoundOfSizes(
+            pieces=pieces, learnt=learnt, sizes=found, rate=self.sampling.rate(active),
+            of_family=len(self.steps) > 1,
+        )  # fmt: skip

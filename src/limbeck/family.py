@@ -22,7 +22,7 @@ from limbeck.architecture.axes import (
     identity,
     layer_of,
 )
-from limbeck.architecture.cut import build_student, check_shape
+from limbeck.architecture.cut import build_student, check_shape, student_config
 from limbeck.architecture.fields import Build
 from limbeck.types import Shape
 
@@ -63,10 +63,13 @@ class Size:
     model: nn.Module
     places: Mapping[str, Place] = field(repr=False)  # by the model's own names
 
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
         """Before a forward, where the weights may have changed."""
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.trainable():
                 place = self.places[name]
                 if not place.is_view:
                     parameter.copy_(place.of(weights[place.shared]))
@@ -103,7 +106,7 @@ class Family:
                 own = f"{size}/{shared}"
                 if own_vectors and parameter.dim() == 1:
                     self.weights[own] = parameter.detach().clone()
-                    places[name] = Place(own, (((slice(None),), (slice(None),)),))
+                    places[name] = Place(own, (_everything(parameter),))
                     continue
                 if shared not in self.weights:
                     regions = _regions(state[shared], shared, axes, hull)
@@ -112,6 +115,15 @@ class Family:
                 places[name] = Place(shared, regions)
             self.sizes[size] = Size(size, shape, model, places)
             self._adopt(self.sizes[size])
+
+    @classmethod
+    def of_one(cls, model: nn.Module, name: str = "model") -> Family:
+        """A model as it is: its own parameters are the weights. Any `nn.Module`."""
+        family = cls.__new__(cls)
+        family.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        places = {n: Place(n, (_everything(w),)) for n, w in family.weights.items()}
+        family.sizes = {name: Size(name, Shape({}, ()), model, places)}
+        return family
 
     def _adopt(self, size: Size) -> None:
         """Puts views of the shared weights in place of the model's own parameters."""
@@ -132,9 +144,14 @@ class Family:
         member = self.sizes[size]
         member.refresh(self.weights)
         with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no luck
-            model = self.build(member.model.config).eval()
+            model = self.build(student_config(self.config, self.axes, member.shape)).eval()
         model.load_state_dict(member.model.state_dict())
         return model
+
+
+def _everything(tensor: Tensor) -> tuple[Region, Region]:
+    region = tuple(slice(0, n) for n in tensor.shape)
+    return region, region
 
 
 def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter | None]:

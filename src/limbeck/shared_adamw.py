@@ -7,11 +7,12 @@ and its moments; so do the rows of a vocabulary that the step's examples do not 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from limbeck.family import Family, Place, Region, Size
 
@@ -29,13 +30,14 @@ class Piece:
     rows: Tensor | None = None  # (N,) ascending, each once; then `values` is (N, D)
 
 
-def gather(
-    family: Family, found: Sequence[tuple[Size, Sequence[Tensor | None]]]
-) -> list[Piece]:
-    """Sums of the sizes' gradients, in their order. `found` has a gradient for each parameter."""
+def gather(family: Family, found: Sequence[tuple[Size, Sequence[Tensor | None]]]) -> list[Piece]:
+    """Sums of the sizes' gradients, in their order.
+
+    `found` has a gradient for each of a size's trainable parameters; what follows is not read.
+    """
     by_tensor: dict[str, list[tuple[Place, Tensor]]] = {}
     for size, gradients in found:
-        for (name, _), gradient in zip(size.model.named_parameters(), gradients, strict=True):
+        for (name, _), gradient in zip(size.trainable(), gradients, strict=False):
             if gradient is not None:
                 place = size.places[name]
                 by_tensor.setdefault(place.shared, []).append((place, gradient))
@@ -68,42 +70,60 @@ def _rows(name: str, parts: Sequence[tuple[Place, Tensor]]) -> Piece:
     return Piece(name, (slice(None), slice(0, width)), values, rows)
 
 
-def norm(pieces: Sequence[Piece]) -> Tensor:
-    """Of the whole gradient. ()"""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.values for p in pieces])))
-
-
 class SharedAdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019) on regions and rows of shared weights."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], peak: Callable[[str], float], weight_decay: float
+        self, weights: Mapping[str, Tensor], peaks: Mapping[str, float], weight_decay: float
     ) -> None:
-        self.weights, self.peak, self.weight_decay = weights, peak, weight_decay
+        """`peaks` are the highest learning rates; what has one dimension does not decay."""
+        self.weights, self.peaks, self.weight_decay = weights, peaks, weight_decay
         self.first = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in weights.items()}
 
     @torch.no_grad()
-    def step(self, pieces: Sequence[Piece], *, number: int, factor: float, scale: Tensor) -> None:
-        """`number` counts from 1; the rate is `factor` times the peak; gradients times `scale`."""
-        if not pieces:
-            return
-        torch._foreach_mul_([piece.values for piece in pieces], scale)
-        (b1, b2), correction = _BETAS, 1 - _BETAS[0] ** number
-        root = math.sqrt(1 - b2**number)
+    def step(self, pieces: Sequence[Piece], *, number: int, factor: float) -> None:
+        """`number` counts from 1; the learning rate is `factor` times its peak."""
         for piece in pieces:
-            w, m, v = (
-                kind[piece.name][piece.region] for kind in (self.weights, self.first, self.second)
-            )
-            places = (w, m, v)
+            state = [kind[piece.name] for kind in (self.weights, self.first, self.second)]
+            rate = factor * self.peaks[piece.name]
+            decay = self.weight_decay if state[0].dim() > 1 else 0.0
+            views = [kind[piece.region] for kind in state]
             if piece.rows is not None:
-                w, m, v = (kind[piece.rows] for kind in places)
-            g, rate = piece.values, factor * self.peak(piece.name)
-            if w.dim() > 1:
-                w.mul_(1 - rate * self.weight_decay)
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            w.addcdiv_(m, v.sqrt().div_(root).add_(_EPS), value=-rate / correction)
-            if piece.rows is not None:
-                for kind, new in zip(places, (w, m, v), strict=True):
+                rows = [kind[piece.rows] for kind in views]
+                _update(rows, piece.values, number, rate, decay)
+                for kind, new in zip(views, rows, strict=True):
                     kind.index_copy_(0, piece.rows, new)
+            elif views[0].shape == state[0].shape and state[0].is_contiguous():
+                _update_whole(state, piece.values, number, rate, decay)
+            else:
+                _update(views, piece.values, number, rate, decay)
+
+
+def clip(pieces: Sequence[Piece], max_norm: float) -> Tensor:
+    """Scales the whole gradient to at most this norm, in place; its norm before. ()"""
+    values = [piece.values for piece in pieces]
+    found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
+    torch._foreach_mul_(values, torch.clamp(max_norm / (found + 1e-6), max=1.0))
+    return found
+
+
+def _update(state: list[Tensor], g: Tensor, number: int, rate: float, decay: float) -> None:
+    """`state`: the weights and their two moments. In place."""
+    w, first, second = state
+    (b1, b2), root = _BETAS, math.sqrt(1 - _BETAS[1] ** number)
+    if decay:
+        w.mul_(1 - rate * decay)
+    first.lerp_(g, 1 - b1)
+    second.mul_(b2).addcmul_(g, g, value=1 - b2)
+    w.addcdiv_(first, second.sqrt().div_(root).add_(_EPS), value=-rate / (1 - b1**number))
+
+
+def _update_whole(state: list[Tensor], g: Tensor, number: int, rate: float, decay: float) -> None:
+    """The same in one pass over memory, where the tensors are contiguous."""
+    w, first, second = state
+    adamw(
+        [w], [g.contiguous()], [first], [second], [], [torch.tensor(float(number - 1))],
+        fused=True, amsgrad=False, beta1=_BETAS[0], beta2=_BETAS[1], lr=rate, weight_decay=decay,
+        eps=_EPS, maximize=False,
+    )  # fmt: skip

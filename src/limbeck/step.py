@@ -37,6 +37,7 @@ class Training:
     title: str
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
+    looks: int = 20  # times that the terms' gradients are held against each other
 
     @property
     def steps(self) -> int:
@@ -144,7 +145,9 @@ def _added(shares: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def start_balance(step_of: Step, folder: Path) -> Balance:
