@@ -1,7 +1,9 @@
 """A family: its sizes are views of one set of weights, and learn as they would alone."""
 
 import itertools
+import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,10 +20,12 @@ from limbeck.elastic import ElasticStep, Sampling
 from limbeck.errors import AxisError
 from limbeck.family import Family
 from limbeck.objective import Objective
+from limbeck.progress import Silent
 from limbeck.recipe import TrainingSpec
 from limbeck.shared_adamw import Piece, SharedAdamW, clip, gather
 from limbeck.step import Training
 from limbeck.temperature import Fixed
+from limbeck.train import train
 from limbeck.types import Batch, Shape, Signal
 from tiny_models import bert_axes, bert_config, build, logits, random_model
 
@@ -357,3 +361,60 @@ def test_batchnorms_statistics_are_each_sizes_own():
 def test_a_shape_off_the_grid_is_refused(teacher):
     with pytest.raises(AxisError, match="multiples of 8"):
         family(teacher, {"odd": Shape({"hidden": 20, "heads": 2}, (0,))})
+
+
+class Killed(Exception):
+    pass
+
+
+class KillsAt:
+    """A progress bar that ends the run behind a step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    @contextmanager
+    def bar(self, *args, **settings):
+        yield self
+
+    def advance(self, count):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def test_a_killed_run_ends_with_the_same_weights_and_the_log_names_the_sizes(
+    teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("limbeck.train._SAVE_EVERY", 0.0)
+    work = replace(lesson(), spec=TrainingSpec(epochs=12, batch_size=8, learning_rate=1e-2),
+                   validate=lambda model: float(model.config.hidden_size))  # fmt: skip
+    sampling = Sampling(shares={"large": 1, "wide": 1, "small": 2}, rates={"small": 2.0})
+
+    def trained(folder, *kills):
+        folder.mkdir(exist_ok=True)
+        for kill in kills:
+            with pytest.raises(Killed):
+                train(family(teacher), work, folder, KillsAt(kill), sampling)
+        fam = family(teacher)
+        train(fam, work, folder, Silent(), sampling)
+        return fam.weights
+
+    whole, killed = trained(tmp_path / "whole"), trained(tmp_path / "killed", 3, 5)
+    assert all(torch.equal(weight, killed[name]) for name, weight in whole.items())
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["training.jsonl"]
+    last = json.loads((tmp_path / "whole/training.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 12
+    assert last["validation"] == (24 + 16 + 16) / 3
+    assert last["validation.large"] == 24
+    active = sampling.active([*SHAPES], seed=0, step=11, done=11 / 12)
+    assert last[f"loss.{active[0]}"] == last["loss"] > 0
+
+
+def test_a_plain_model_is_a_family_of_one(teacher):
+    one = Family.of_one(teacher)
+    assert {w.data_ptr() for w in one.weights.values()} == {
+        p.data_ptr() for p in teacher.parameters()
+    }
+    (size,) = one.sizes.values()
+    assert size.model is teacher
