@@ -81,7 +81,9 @@ def main() -> None:
     inputs = {"input_ids": torch.randint(0, 30522, (32, 20)),
               "attention_mask": torch.ones(32, 20, dtype=torch.long)}  # fmt: skip
     labels = torch.arange(32) % 20
-    ours = SharedAdamW(family.weights, dict.fromkeys(family.weights, 1e-6), 0.01)
+    ours = SharedAdamW(family.weights, dict.fromkeys(family.weights, 1e-6), 0.01, family.tables)
+
+    steps: list[None] = []
 
     def elastic(sizes: list[Size]) -> None:
         found = []
@@ -91,7 +93,8 @@ def main() -> None:
             found.append((size, gradients))
         pieces = gather(family, found)
         clip(pieces, 1.0)
-        ours.step(pieces, number=10, factor=1.0)
+        steps.append(None)
+        ours.step(pieces, number=len(steps), factor=1.0)
 
     shared = {name: w.clone().requires_grad_() for name, w in family.weights.items()}
     theirs = torch.optim.AdamW([*shared.values()], lr=1e-6, betas=_BETAS, fused=True)

@@ -28,6 +28,8 @@ from limbeck.types import Shape
 
 Region = tuple[slice, ...]
 
+_TABLE = 64  # rows from which on a table's gradient is kept by rows
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -96,6 +98,7 @@ class Family:
         self.axes = tuple(_resized(axis, hull) for axis in axes)
         names: dict[tuple[object, ...], str] = {}  # of tied entries the first
         self.weights: dict[str, Tensor] = {}
+        self.tables: set[str] = set()  # weights whose gradient comes by rows
         self.sizes: dict[str, Size] = {}
         for size, shape in shapes.items():
             model = build_student(config, build, axes, shape, state)  # buffers stay its own
@@ -121,6 +124,7 @@ class Family:
         """A model as it is: its own parameters are the weights. Any `nn.Module`."""
         family = cls.__new__(cls)
         family.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        family.tables = set()
         places = {n: Place(n, (_everything(w),)) for n, w in family.weights.items()}
         family.sizes = {name: Size(name, Shape({}, ()), model, places)}
         return family
@@ -137,7 +141,11 @@ class Family:
                     module._parameters[name] = new[id(old)]  # tied ones stay tied
             if isinstance(module, nn.Embedding):
                 # its gradient then has a row for each token of the batch and not of the vocabulary
-                module.sparse = sum(p is module.weight for p in _all_parameters(size.model)) == 1
+                uses = sum(p is module.weight for p in _all_parameters(size.model))
+                module.sparse = uses == 1 and len(module.weight) >= _TABLE
+        for name, module in size.model.named_modules():
+            if isinstance(module, nn.Embedding) and module.sparse:
+                self.tables.add(size.places[f"{name}.weight"].shared)
 
     def extract(self, size: str) -> nn.Module:
         """A plain model of its own, with copies of its weights, in eval mode."""

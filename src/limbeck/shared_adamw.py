@@ -1,13 +1,15 @@
 """AdamW that costs what the active sizes are large, not what the shared weights are.
 
-Only regions and rows that have a gradient are worked on. What no active size reads keeps its value
-and its moments; so do the rows of a vocabulary that the step's examples do not use ("lazy").
+Only regions that have a gradient are worked on: what no active size reads keeps its value and its
+moments. Of a vocabulary's table only the rows that the step's examples use are; the others go on
+with their momentum as in dense AdamW, but some steps at a time. (That they would rest instead cost
+students 6 to 10 points: docs/log.md.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from limbeck.family import Family, Place, Region, Size
 
 _BETAS = (0.9, 0.98)
 _EPS = 1e-8
+_PERIOD = 16  # steps after which idle rows are brought up to date
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +77,102 @@ class SharedAdamW:
     """Decoupled weight decay (Loshchilov & Hutter 2019) on regions and rows of shared weights."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], peaks: Mapping[str, float], weight_decay: float
-    ) -> None:
-        """`peaks` are the highest learning rates; what has one dimension does not decay."""
+        self, weights: Mapping[str, Tensor], peaks: Mapping[str, float], weight_decay: float,
+        tables: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """`peaks` are the highest learning rates; what has one dimension does not decay.
+
+        `tables` are weights whose gradient comes by rows.
+        """
         self.weights, self.peaks, self.weight_decay = weights, peaks, weight_decay
         self.first = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in weights.items()}
+        self.tables = {name: Table(len(weights[name])) for name in tables}
 
     @torch.no_grad()
     def step(self, pieces: Sequence[Piece], *, number: int, factor: float) -> None:
         """`number` counts from 1; the learning rate is `factor` times its peak."""
+        tick = (number - 1) % _PERIOD
+        for name, table in self.tables.items():
+            table.note(tick, number, factor * self.peaks[name], self.weight_decay)
         for piece in pieces:
-            state = [kind[piece.name] for kind in (self.weights, self.first, self.second)]
+            state = self._state(piece.name)
             rate = factor * self.peaks[piece.name]
             decay = self.weight_decay if state[0].dim() > 1 else 0.0
             views = [kind[piece.region] for kind in state]
             if piece.rows is not None:
-                rows = [kind[piece.rows] for kind in views]
-                _update(rows, piece.values, number, rate, decay)
-                for kind, new in zip(views, rows, strict=True):
-                    kind.index_copy_(0, piece.rows, new)
-            elif views[0].shape == state[0].shape and state[0].is_contiguous():
+                table = self.tables[piece.name]
+                rows = table.current(state, piece.rows, tick)
+                values = piece.values.new_zeros(rows[0].shape)
+                values[:, : piece.values.shape[1]] = piece.values
+                _update(rows, values, number, rate, decay)
+                table.put(state, piece.rows, rows, tick + 1)
+                continue
+            if piece.name in self.tables:  # a dense gradient after all
+                self.tables[piece.name].touch_all(state, tick)
+            if views[0].shape == state[0].shape and state[0].is_contiguous():
                 _update_whole(state, piece.values, number, rate, decay)
             else:
                 _update(views, piece.values, number, rate, decay)
+        if tick == _PERIOD - 1:
+            self.settle(number)
+
+    @torch.no_grad()
+    def settle(self, number: int) -> None:
+        """Brings idle rows up to date, behind that step."""
+        done = (number - 1) % _PERIOD + 1
+        for name, table in self.tables.items():
+            rows = table.live.nonzero()[:, 0]
+            state = self._state(name)
+            table.put(state, rows, table.current(state, rows, done), done % _PERIOD)
+            table.since.fill_(done % _PERIOD)
+
+    def _state(self, name: str) -> list[Tensor]:
+        return [kind[name] for kind in (self.weights, self.first, self.second)]
+
+
+class Table:
+    """Which rows of a table were used, and what the idle ones missed in this period."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.live = torch.zeros(num_rows, dtype=torch.bool)  # used at least once
+        self.since = torch.zeros(num_rows, dtype=torch.int64)  # first tick that a row missed
+        self.missed = torch.zeros(2, _PERIOD, dtype=torch.float64)  # step size and decay by tick
+
+    def note(self, tick: int, number: int, rate: float, decay: float) -> None:
+        root = math.sqrt(1 - _BETAS[1] ** number)
+        self.missed[0, tick] = rate * root / (1 - _BETAS[0] ** number)
+        self.missed[1, tick] = rate * decay
+
+    def current(self, state: Sequence[Tensor], rows: Tensor, tick: int) -> list[Tensor]:
+        """Copies of these rows of weights and moments, as dense AdamW would have them by now.
+
+        Without a gradient the moments shrink by their betas, so that the steps of a row are a
+        geometric series times its first; eps is left out of account there.
+        """
+        b1, b2 = _BETAS
+        sums, kept = [0.0], [1.0]  # by the first tick missed, from the last to the first
+        for size, decay in self.missed[:, :tick].T.flip(0).tolist():
+            sums.append(b1 / math.sqrt(b2) * (size + sums[-1]))
+            kept.append(kept[-1] * (1 - decay))
+        idle = tick - self.since[rows]
+        w, first, second = (kind[rows] for kind in state)
+        w *= torch.tensor(kept)[idle, None]
+        w -= torch.tensor(sums)[idle, None] * first / second.sqrt().add_(_EPS)
+        first *= torch.tensor([b1**k for k in range(tick + 1)])[idle, None]
+        second *= torch.tensor([b2**k for k in range(tick + 1)])[idle, None]
+        return [w, first, second]
+
+    def put(self, state: Sequence[Tensor], rows: Tensor, new: Sequence[Tensor], since: int) -> None:
+        for kind, values in zip(state, new, strict=True):
+            kind.index_copy_(0, rows, values)
+        self.live[rows] = True
+        self.since[rows] = since
+
+    def touch_all(self, state: Sequence[Tensor], tick: int) -> None:
+        rows = torch.arange(len(self.live))
+        self.since[~self.live] = tick
+        self.put(state, rows, self.current(state, rows, tick), tick + 1)
 
 
 def clip(pieces: Sequence[Piece], max_norm: float) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.balance import Balance
 from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
@@ -56,7 +56,9 @@ def train(
     balance = start_balance(next(iter(step_of.steps.values())), folder)
     learnt = step_of.balanced(balance)
     peaks = _peaks([*family.weights], spec) | dict.fromkeys(learnt, _BALANCE_RATE)
-    optimizer = SharedAdamW(family.weights | learnt, peaks, spec.weight_decay)
+    optimizer = SharedAdamW(
+        family.weights | learnt, peaks, spec.weight_decay, sorted(family.tables)
+    )
     log = _Log(folder / LOG)
     checkpoint = _Checkpoint(folder, optimizer)
     first = checkpoint.load()
@@ -74,8 +76,8 @@ def train(
             found = step_of(step, look=look)
             clip(found.pieces, spec.max_grad_norm)
             factor = _schedule(step, training.steps, spec)
-            optimizer.step(found.pieces, number=done, factor=factor * found.rate)
-            optimizer.step(found.learnt, number=done, factor=factor)
+            pieces = found.pieces + found.learnt
+            optimizer.step(pieces, number=done, factor=factor * found.rate)
             bar.advance(1)
             if look or done % _LOG_EVERY == 0 or done in quarters:
                 point = _point(training, done, found, balance)
@@ -84,12 +86,14 @@ def train(
                 point["examples_per_s"] = round(rate, 1)
                 logged = done
                 if done in quarters and training.validate is not None:
+                    optimizer.settle(done)
                     point |= _validated(family, training.validate)
                 log.write(point)
                 shown = time.monotonic()
             if time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
                 checkpoint.save(done)
                 saved = time.monotonic()
+    optimizer.settle(training.steps)
     for size in family.sizes.values():
         size.refresh(family.weights)
         size.model.eval()
@@ -201,8 +205,11 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, optimizer: SharedAdamW) -> None:
         self.folder, self.index = folder, folder / "checkpoint.json"
-        self.kinds = {
+        self.kinds: dict[str, Mapping[str, Tensor]] = {
             "weight": optimizer.weights, "first": optimizer.first, "second": optimizer.second,
+            **{f"table.{kind}": {name: getattr(table, kind)
+                                 for name, table in optimizer.tables.items()}
+               for kind in ("live", "since", "missed")},
         }  # fmt: skip
 
     def save(self, step: int) -> None:
