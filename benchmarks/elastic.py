@@ -6,11 +6,11 @@
 The run's teacher, signals and importance are used; all students start as prefixes of the same
 sorted teacher and have the same loss, batch size, schedule and optimizer. The dedicated ones train
 for `--epochs` each, with the learning rate that was best for each on the validation rows. The
-family trains one size a step, for as many steps as cost, in CPU seconds of the process, the given
-part of what the five together took. Learning rates and shares of the family were chosen on the
-validation rows too, with seed 0 at costs 0.25 and 0.5 (docs/log.md). A seed is an order of the
-rows, the same for all. Accuracy is that of the fp32 students on `--rows` test rows, all if not
-given; differences are to the dedicated student of the same size and seed.
+family trains one size a step, for as many steps as cost, by a pilot and in CPU seconds of the
+process, the given part of what the five took together; what it did take is printed. Learning rates
+and shares of the family were chosen on the validation rows too, with seed 0 (docs/log.md). A seed
+is an order of the rows, the same for all. Accuracy is that of the fp32 students on `--rows` test
+rows, all if not given; differences are to the dedicated student of the same size and seed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from limbeck.types import Shape
 _SHAPES = {
     "a": (8, 1152, 5), "b": (6, 768, 4), "c": (5, 512, 3), "d": (4, 384, 2), "e": (3, 320, 1),
 }  # fmt: skip
-_DEDICATED_RATE = {"a": 1e-3, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
+_DEDICATED_RATE = {"a": 5e-4, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
+_PILOT = 64  # steps of the family whose cost says how many steps it may have
 _RATE = 1e-3  # of the family, times:
 _RATES = {"a": 0.8, "b": 1.2, "c": 1.8, "d": 2.5, "e": 4.0}
 
@@ -155,10 +156,11 @@ def compared(options: argparse.Namespace) -> Results:
         say(seed, "dedicated", alone, f"{whole:.0f} CPU s")
         # as often as the square root of the cost is small: between equal steps and equal cost
         shares = {name: (whole / cost) ** 0.5 for name, cost in seconds.items()}
-        mean = sum(shares[n] * seconds[n] / steps for n in shares) / sum(shares.values())
+        pilot = setting.family("".join(setting.shapes))
+        sampling = Sampling(policy="one", shares=shares, rates=_RATES)
+        mean = setting.trained(pilot, _PILOT, _RATE, seed, sampling) / _PILOT
         for cost in options.cost:
             family = setting.family("".join(setting.shapes))
-            sampling = Sampling(policy="one", shares=shares, rates=_RATES)
             taken = setting.trained(family, round(cost * whole / mean), _RATE, seed, sampling)
             found = accuracy(family, rows)
             results.setdefault(f"elastic {cost:g}", []).append(found)
