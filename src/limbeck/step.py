@@ -44,6 +44,7 @@ class Training:
     title: str
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
+    looks: int = 20  # times that the terms' gradients are held against each other
 
     @property
     def steps(self) -> int:
@@ -121,7 +122,8 @@ class Step:
         if separate:
             flat = {}
             for name, own in by_term.items():
-                self.ranks.add(own.present())
+                if self.ranks.world > 1:
+                    self.ranks.add(own.present())
                 flat[name] = torch.cat([g.flatten() for g in own.dense()[: len(self.weights)]])
             norms = {name: float(g.norm()) for name, g in flat.items()}
             for a, b in itertools.combinations(flat, 2):
@@ -131,7 +133,7 @@ class Step:
                 gradient.add(own.found)
             each = [own.dense()[: len(self.weights)] for own in by_term.values()]
             gradient.found[: len(self.weights)] = balance.combined(each)
-        else:
+        elif self.ranks.world > 1:
             self.ranks.add(gradient.present())
         return Found(gradient=gradient.found, terms=terms, norms=norms, cosines=cosines)
 
@@ -186,10 +188,17 @@ class _Sum:
 
     def dense(self) -> list[Tensor]:
         pairs = zip(self.found, self.parameters, strict=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        return [
+            torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+            for g, p in pairs
+        ]
 
     def present(self) -> list[Tensor]:
-        """Those that there are: of the same parameters on all ranks, as their models are."""
+        """Those that there are: of the same parameters on all ranks, as their models are.
+
+        What comes by rows is made whole: each rank has other rows.
+        """
+        self.found = [g.to_dense() if g is not None and g.is_sparse else g for g in self.found]
         return [g for g in self.found if g is not None]
 
 

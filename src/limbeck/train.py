@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.balance import Balance
+from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
+from limbeck.family import Family
 from limbeck.models import no_dropout
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
-from limbeck.step import Found, Step, Training, start_balance, start_features, start_head
+from limbeck.shared_adamw import SharedAdamW, clip
+from limbeck.step import Training, start_balance, start_features, start_head
 
 _LOG_EVERY = 10  # steps
-_LOOKS = 20  # times in a training that the terms' gradients are held against each other
 _BALANCE_RATE = 0.02  # learning rate of what a balance learns
 _SAVE_EVERY = 20.0  # seconds; what a kill can cost at most
 LOG = "training.jsonl"
 
 
-def train(model: nn.Module, training: Training, folder: Path, progress: Progress) -> None:
+def train(
+    model: nn.Module | Family, training: Training, folder: Path, progress: Progress,
+    sampling: Sampling | None = None,
+) -> None:  # fmt: skip
     """Train `model` in place; checkpoints and the log lie in `folder`, the former only meanwhile.
+
+    Of a family those sizes learn in a step that `sampling` says; without it, each in its turn.
 
     Dropout is switched off: a few epochs have little to gain from it, its random numbers are slow
     on a CPU, and threads that draw them side by side would not draw the same twice.
@@ -42,48 +49,47 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
     Raises DamagedError if a checkpoint lost its checksum, RecipeError if the loss is not finite.
     """
     spec, objective = training.spec, training.objective
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    no_dropout(model)
-    model.eval()
-    step_of = Step(model, training, [*trainable.values()])
-    start_features(step_of)
-    if (said := start_head(step_of)) is not None:
-        progress.say(f"{training.title}: {said}")
-    model.train()
-    step_of.balance = balance = start_balance(step_of, folder)
-    groups = _groups(trainable, spec)
-    projectors = {
-        f"{feature.name}.{name}": p
-        for feature in objective.features for name, p in feature.named_parameters()
-    }  # fmt: skip
-    if projectors:
-        rate = spec.learning_rate * spec.head_factor
-        groups.append({"params": [*projectors.values()], "peak": rate, "weight_decay": 0.0})
-    learnt = dict(balance.named_parameters())
-    if learnt:
-        groups.append({"params": [*learnt.values()], "peak": _BALANCE_RATE, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    first_rank = step_of.ranks.first
+    family = model if isinstance(model, Family) else Family.of_one(model)
+    assert len(family.sizes) == 1 or not objective.features, "a projector fits one size only"
+    step_of = ElasticStep(family, training, sampling or Sampling())
+    for name, size in family.sizes.items():
+        no_dropout(size.model)
+        size.model.eval()
+        start_features(step_of.steps[name])
+        if (said := start_head(step_of.steps[name])) is not None:
+            progress.say(f"{training.title}: {said}")
+        size.model.train()
+    step_one = next(iter(step_of.steps.values()))
+    balance = start_balance(step_one, folder)
+    learnt = step_of.balanced(balance)
+    peaks = _peaks([*family.weights], spec)
+    for name in learnt:
+        of_balance = name.startswith("balance.")
+        peaks[name] = _BALANCE_RATE if of_balance else spec.learning_rate * spec.head_factor
+    optimizer = SharedAdamW(
+        family.weights | learnt, peaks, spec.weight_decay, sorted(family.tables)
+    )
+    ranks = step_one.ranks
     log = _Log(folder / LOG)
-    checkpoint = _Checkpoint(folder, trainable | projectors | learnt, optimizer)
+    checkpoint = _Checkpoint(folder, optimizer)
     first = checkpoint.load()
-    if first_rank:
+    if ranks.first:
         log.rewind(first)
     saved = shown = time.monotonic()
     logged = first
+    every = 0
+    if len(objective.weights) > 1 and training.looks:
+        every = max(1, training.steps // training.looks)
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
             done = step + 1
-            look = len(objective.weights) > 1 and done % max(1, training.steps // _LOOKS) == 0
+            look = every > 0 and done % every == 0
             found = step_of(step, look=look)
-            for parameter, gradient in zip(step_of.parameters, found.gradient, strict=True):
-                parameter.grad = gradient
-            torch.nn.utils.clip_grad_norm_(trainable.values(), spec.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, training.steps, spec)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            clip(found.pieces, spec.max_grad_norm)
+            factor = _schedule(step, training.steps, spec)
+            pieces = found.pieces + found.learnt
+            optimizer.step(pieces, number=done, factor=factor * found.rate)
             bar.advance(1)
             if look or done % _LOG_EVERY == 0 or done in quarters:
                 point = _point(training, done, found, balance)
@@ -92,37 +98,61 @@ def train(model: nn.Module, training: Training, folder: Path, progress: Progress
                 point["examples_per_s"] = round(rate, 1)
                 logged = done
                 if done in quarters and training.validate is not None:
-                    model.eval()
-                    point["validation"] = training.validate(model)
-                    model.train()
-                if first_rank:
+                    optimizer.settle(done)
+                    point |= _validated(family, training.validate)
+                if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
-            if first_rank and time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
+            if ranks.first and time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
                 checkpoint.save(done)
                 saved = time.monotonic()
-    model.eval()
-    step_of.observe.close()
-    step_of.ranks.barrier()
-    if first_rank:
+    optimizer.settle(training.steps)
+    for size in family.sizes.values():
+        size.refresh(family.weights)
+        size.model.eval()
+    for one in step_of.steps.values():
+        one.observe.close()
+    ranks.barrier()
+    if ranks.first:
         checkpoint.remove()
 
 
-def _point(training: Training, step: int, found: Found, balance: Balance) -> dict[str, Any]:
-    """A line of the log: the loss and each of its terms, means over the step."""
-    terms = {name: float(term) for name, term in found.terms.items()}
-    loss = sum(terms.values())
-    if not math.isfinite(loss):
-        raise RecipeError(
-            f"{training.title}, step {step}", f"the loss is {loss}", allowed="a finite number",
-            fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
-        )  # fmt: skip
-    point: dict[str, Any] = {"step": step, "loss": loss, "terms": terms}
-    if found.norms:
-        point["gradients"] = found.norms
-        point["cosines"] = {f"{a}, {b}": cosine for (a, b), cosine in found.cosines.items()}
+def _validated(family: Family, validate: Callable[[nn.Module], float]) -> dict[str, float]:
+    """Of a family the mean, and each size's own."""
+    found = {}
+    for name, size in family.sizes.items():
+        size.refresh(family.weights)
+        size.model.eval()
+        found[f"validation.{name}"] = validate(size.model)
+        size.model.train()
+    mean = {"validation": sum(found.values()) / len(found)}
+    return mean | found if len(found) > 1 else mean
+
+
+def _point(
+    training: Training, step: int, found: FoundOfSizes, balance: Balance
+) -> dict[str, Any]:
+    """A line of the log: the loss and each of its terms, means over the step's active sizes."""
+    by_size = {n: {k: float(term) for k, term in f.terms.items()} for n, f in found.sizes.items()}
+    losses = {name: sum(terms.values()) for name, terms in by_size.items()}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            which = f", {name}" if found.of_family else ""
+            raise RecipeError(
+                f"{training.title}{which}, step {step}", f"the loss is {loss}",
+                allowed="a finite number",
+                fix=f"give a smaller learning_rate than {training.spec.learning_rate:g}",
+            )  # fmt: skip
+    first = next(iter(found.sizes.values()))
+    means = {k: sum(terms[k] for terms in by_size.values()) / len(by_size) for k in first.terms}
+    point: dict[str, Any] = {"step": step, "loss": sum(means.values()), "terms": means}
+    if found.of_family:
+        point |= {f"loss.{name}": loss for name, loss in losses.items()}
+    if first.norms:
+        point["gradients"] = first.norms
+        point["cosines"] = {f"{a}, {b}": cosine for (a, b), cosine in first.cosines.items()}
     if training.balance != "fixed":
-        point["weights"] = balance.weights([*terms])
+        point["weights"] = balance.weights([*means])
     return point
 
 
@@ -134,24 +164,19 @@ def _schedule(step: int, steps: int, spec: TrainingSpec) -> float:
     return (steps - step) / max(1.0, steps - warmup)
 
 
-def _groups(trainable: Mapping[str, Tensor], spec: TrainingSpec) -> list[dict[str, object]]:
-    """By learning rate and decay: deeper layers learn faster, biases and norms do not decay.
+def _peaks(names: list[str], spec: TrainingSpec) -> dict[str, float]:
+    """Highest learning rates: deeper layers learn faster.
 
     Layer-wise decay: ULMFiT's discriminative fine-tuning (Howard & Ruder 2018, sec. 3.2).
     """
-    depths = _depths(list(trainable))
+    depths = _depths(names)
     top = max(depths.values())
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter in trainable.items():
-        peak = spec.learning_rate * spec.layer_decay ** (top - depths[name])
-        if depths[name] == top:
-            peak *= spec.head_factor
-        decay = spec.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((peak, decay), []).append(parameter)
-    return [
-        {"params": same, "lr": peak, "peak": peak, "weight_decay": decay}
-        for (peak, decay), same in groups.items()
-    ]
+    return {
+        name: spec.learning_rate
+        * spec.layer_decay ** (top - depth)
+        * (spec.head_factor if depth == top else 1.0)
+        for name, depth in depths.items()
+    }
 
 
 def _depths(names: list[str]) -> dict[str, int]:
@@ -193,21 +218,23 @@ class _Log:
 
 
 class _Checkpoint:
-    """Weights and optimizer moments of the trainable parameters; nothing else has state."""
+    """Weights and the optimizer's moments; nothing else has state."""
 
-    def __init__(
-        self, folder: Path, trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.folder, self.trainable, self.optimizer = folder, trainable, optimizer
-        self.index = folder / "checkpoint.json"
+    def __init__(self, folder: Path, optimizer: SharedAdamW) -> None:
+        self.folder, self.index = folder, folder / "checkpoint.json"
+        self.kinds: dict[str, Mapping[str, Tensor]] = {
+            "weight": optimizer.weights, "first": optimizer.first, "second": optimizer.second,
+            **{f"table.{kind}": {name: getattr(table, kind)
+                                 for name, table in optimizer.tables.items()}
+               for kind in ("live", "since", "missed")},
+        }  # fmt: skip
 
     def save(self, step: int) -> None:
-        tensors = {}
-        for name, parameter in self.trainable.items():
-            state = self.optimizer.state[parameter]
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors[f"first.{name}"] = state["exp_avg"]
-            tensors[f"second.{name}"] = state["exp_avg_sq"]
+        tensors = {
+            f"{kind}.{name}": tensor.detach()
+            for kind, held in self.kinds.items()
+            for name, tensor in held.items()
+        }
         path = self.folder / f"checkpoint-{step}.safetensors"
         with replaced(path) as aside:
             save_file(tensors, aside)
@@ -225,13 +252,9 @@ class _Checkpoint:
         require_sha256(path, saved["sha256"])
         tensors = load_file(path)
         with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(tensors[f"weight.{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(saved["step"])),
-                    "exp_avg": tensors[f"first.{name}"],
-                    "exp_avg_sq": tensors[f"second.{name}"],
-                }
+            for kind, held in self.kinds.items():
+                for name, tensor in held.items():
+                    tensor.copy_(tensors[f"{kind}.{name}"])
         return int(saved["step"])
 
     def remove(self) -> None:
