@@ -20,7 +20,7 @@ LAYERS = (
     },
     {"step", "train", "export", "measure", "runtime", "runtime_worker"},
     {"findings", "stages", "teaching", "evaluation", "trying"},
-    {"pipeline", "planning", "checkup", "keeping"},
+    {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
     {"__init__", "cli"},
 )
