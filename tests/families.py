@@ -15,7 +15,6 @@ class Family:
     config: PretrainedConfig
     proved: str = ""
     refused: dict[str, str] = field(default_factory=dict)
-    slow: bool = False
 
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -152,16 +151,13 @@ FAMILIES = {
                        hf.ConvNextConfig(hidden_sizes=[16, 24], depths=[2, 2], num_stages=2,
                                          num_labels=5, layer_scale_init_value=0.1),
                        "hidden_sizes[0] hidden_sizes[1] depths[0] depths[1]"),
-    "MobileNetV2": Family("MobileNetV2ForImageClassification",
-                          hf.MobileNetV2Config(depth_multiplier=0.5, num_labels=5),
-                          "expand_ratio depth_multiplier"),
     "EfficientNet": Family(
         "EfficientNetForImageClassification",
         hf.EfficientNetConfig(
             width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, image_size=32,
             in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2],
             num_block_repeats=[2, 2], expand_ratios=[2, 3], depthwise_padding=[], num_labels=5),
-        "out_channels[1]", slow=True),
+        "expand_ratios[1]"),
     "Wav2Vec2": Family(
         "Wav2Vec2ForSequenceClassification",
         hf.Wav2Vec2Config(**SIZES, vocab_size=32, conv_dim=[16, 24], conv_stride=[5, 4],

@@ -27,7 +27,7 @@ def test_a_decoder_is_shown_and_remembered(folder, capsys, monkeypatch):
     assert found["heads"].fields == {"num_attention_heads": 2, "num_key_value_heads": 1}
     assert not found["head_dim"].proved and "head_dim" in table
 
-    def again(*_):
+    def again(*_, **__):
         raise AssertionError("it was asked before")
 
     monkeypatch.setattr(anatomy, "load_model", again)

@@ -105,7 +105,7 @@ def auto_class(config: PretrainedConfig, *, where: str) -> type[Any]:
     for name in config.architectures or ():
         for auto in vars(modeling_auto).values():
             mapping = getattr(auto, "_model_mapping", None)
-            if mapping is None:
+            if mapping is None or not isinstance(auto, type):
                 continue
             made = mapping._model_mapping.get(config.model_type, ())
             if name in ((made,) if isinstance(made, str) else made):

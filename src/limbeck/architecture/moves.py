@@ -65,9 +65,9 @@ def measure(prober: Prober, fields: Fields) -> Move | None:
     for step in [s for s in range(1, whole) if whole % s == 0][:_STEPS]:
         units = whole // step
         widths = _widths(prober, values, units, units - 1)
-        if not widths or (
-            units > 3 and _widths(prober, values, units, units - 2) not in (None, widths)
-        ):
+        smaller = {units - 2, units // 2} if units > 3 else set()  # rounding hides in one step
+        if not widths or any(_widths(prober, values, units, n) not in (None, widths)
+                             for n in smaller):  # fmt: skip
             continue
         others = sorted({v for v in prober.fields.values() if type(v) is int and v > 1})
         sizes = {d: prober.full.shapes[d[0]][d[1]] for d in widths}
@@ -93,14 +93,12 @@ def _ratio(prober: Prober, fields: Fields, values: Mapping[str, Value]) -> Move 
 def _widths(
     prober: Prober, values: Mapping[str, Value], units: int, fewer: int
 ) -> dict[Dim, tuple[int, int]] | None:
-    """None where the smaller size does not build, nothing where it shrinks unevenly."""
+    """None where the smaller size has no such model, nothing where it shrinks unevenly."""
     smaller = {f: int(v) // units * fewer for f, v in values.items()}
     outcome = prober.compare(smaller)
     new = prober.survey(smaller)
-    if outcome is None or new is None:
+    if outcome is None or new is None or outcome[0]:
         return None
-    if outcome[0]:
-        return {}
     widths = {}
     for name, dim in outcome[1]:
         size = prober.full.shapes[name][dim]

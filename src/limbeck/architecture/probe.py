@@ -94,7 +94,10 @@ def _search(
     found: list[Found] = []
     reasons: dict[Probe, str] = {}
     for probe in widths:
-        if any(set(probe.fields) <= set(one.move.fields.main) for one in found):
+        if any(set(probe.fields) <= set(one.move.fields.all) for one in found):
+            continue
+        if all(dim > 1 for _, dim in probe.dims):
+            reasons[probe] = "it sets the size of kernels, not how many units there are"
             continue
         one, reason = _explain(small, probe, widths, counts)
         if one is None:
