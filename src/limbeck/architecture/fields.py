@@ -33,6 +33,7 @@ class Survey:
     rows: frozenset[Dim]  # rows of lookup tables
     words: frozenset[Dim]  # rows of the tables that token ids are looked up in
     parameters: int
+    computed: frozenset[str] = frozenset()  # buffers made anew from the config, never stored
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def survey(model: nn.Module) -> Survey:
         shapes, aliases, frozenset(rows.values()),
         frozenset(rows[name] for name, table in tables.items() if id(table) in words),
         sum(p.numel() for p in model.parameters()),
+        frozenset(shapes.keys() - model.state_dict().keys()),
     )  # fmt: skip
 
 

@@ -101,6 +101,8 @@ def _widths(
         return None
     widths = {}
     for name, dim in outcome[1]:
+        if name in prober.full.computed:  # a rotary table: another head size computes other things
+            return {}
         size = prober.full.shapes[name][dim]
         width, rest = divmod(size - new.shapes[name][dim], units - fewer)
         if rest or width <= 0 or size < width * units:
