@@ -24,8 +24,9 @@ from limbeck.architecture.cut import (
     student_config,
     usable,
 )
-from limbeck.architecture.probe import example_inputs, find_axes
-from limbeck.architecture.proof import skipped
+from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.probe import find_axes
+from limbeck.architecture.proof_layers import skipped
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 from tiny_models import bert_axes, bert_config, build, logits, random_model
@@ -49,7 +50,7 @@ def student(state, shape, config=None):
 
 def test_the_teachers_shape_is_the_teacher_bitwise(teacher):
     shape = full_shape(bert_axes())
-    assert shape == Shape({"hidden": 32, "heads": 4, "ffn": 48}, (0, 1, 2))
+    assert shape == Shape({"hidden": 32, "heads": 4, "ffn": 48, "vocab": 99}, (0, 1, 2))
     same = student(teacher.state_dict(), shape)
     assert torch.equal(logits(same), logits(teacher))
     assert not same.training
@@ -177,7 +178,7 @@ def test_per_layer_lists_follow_the_layers():
         (Shape({"hidden": 40, "heads": 5}, (0, 1, 2)), "40 cannot be"),
         (Shape({"ffn": 0}, (0, 1, 2)), "0 cannot be"),
         (Shape({"fnn": 8}, (0, 1, 2)), "no such axis"),
-        (Shape({"vocab_size": 50}, (0, 1, 2)), "lookup table"),
+        (Shape({"type_vocab_size": 1}, (0, 1, 2)), "lookup table"),
         (Shape({}, ()), "layers"),
         (Shape({}, (1, 0)), "ascending"),
         (Shape({}, (0, 0, 1)), "each once"),
@@ -201,7 +202,7 @@ def test_nothing_is_cut_on_faith(name):
         check_shape(axes, SMALL)
     left = {axis.name for axis in usable(axes)}
     lost = {"hidden", "heads"} if name in ("hidden", "heads") else {name}
-    assert left == {"hidden", "heads", "ffn", "layers"} - lost
+    assert left == {"hidden", "heads", "ffn", "layers", "vocab"} - lost
     check_shape(axes, full_shape(axes))
 
 

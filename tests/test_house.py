@@ -24,7 +24,7 @@ LAYERS = (
     {"family", "shared_adamw"},
     {"step", "elastic", "train", "export", "measure", "runtime", "runtime_worker"},
     {"findings", "stages", "teaching", "evaluation", "trying"},
-    {"pipeline", "planning", "checkup", "keeping"},
+    {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
     {"__init__", "cli"},
 )

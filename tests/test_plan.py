@@ -80,7 +80,8 @@ def test_parameter_counts_are_those_of_models_that_are_really_built():
 
 def test_the_teachers_own_shape_is_in_the_space_and_scores_zero():
     shape = full_shape(bert_axes())
-    own = [c for c in space() if c.sizes == shape.sizes and c.num_layers == len(shape.layers)]
+    sizes = {name: size for name, size in shape.sizes.items() if name != "vocab"}  # never planned
+    own = [c for c in space() if c.sizes == sizes and c.num_layers == len(shape.layers)]
     assert [c.params for c in own] == [FULL]
     assert score(own[0], bert_axes()) == 0
     assert all(score(c, bert_axes()) < 0 for c in space() if c is not own[0])

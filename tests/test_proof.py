@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from limbeck.architecture.axes import Member, find_axis
-from limbeck.architecture.probe import example_inputs, find_axes
-from limbeck.architecture.proof import prove_axes, skipped
+from limbeck.architecture.cut import check_shape
+from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.probe import find_axes
+from limbeck.architecture.proof import prove_axes
+from limbeck.architecture.proof_layers import skipped
+from limbeck.errors import AxisError
+from limbeck.types import Shape
 from tiny_models import bert_axes, bert_config, build, logits, proved, random_model
 
 
@@ -17,7 +22,7 @@ def test_bert_is_proved_and_left_bitwise_as_it_was():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     axes = proved(model, bert_axes())
     assert {name for name, axis in axes.items() if axis.proved} == {
-        "hidden", "heads", "ffn", "layers"
+        "hidden", "heads", "ffn", "layers", "vocab"
     }  # fmt: skip
     assert "hidden=16, heads=2 has the same units" in axes["hidden"].reason
     assert "cut equals zeroed" in axes["heads"].reason
@@ -101,7 +106,7 @@ def test_a_regrouping_count_is_seen_in_the_smaller_model():
     assert not proved(random_model(bert_config()), axes)["hidden"].proved
 
 
-def test_layers_that_differ_from_skipped_are_refused():
+def test_layers_that_differ_from_skipped_are_pinned():
     class Counting(nn.Module):
         """Scales by the layer's own number, which renumbering changes."""
 
@@ -123,8 +128,10 @@ def test_layers_that_differ_from_skipped_are_refused():
     layers = replace(find_axis(bert_axes(), "layers"), proved=False)
     inputs = example_inputs(model, model.config)
     (found,) = prove_axes(model, model.config, numbered, [layers], inputs, seed=0)
-    assert not found.proved
+    assert (found.proved, found.pinned) == (True, (0, 1))  # nothing comes after the last one
     assert "dropping layer 0 differs from skipping it" in found.reason
+    with pytest.raises(AxisError, match="layer 0 cannot go"):
+        check_shape([found], Shape({}, (1, 2)))
 
 
 def test_one_layer_cannot_be_dropped():

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from limbeck.architecture.axes import Axis
-from limbeck.architecture.probe import example_inputs, find_axes
+from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 
 

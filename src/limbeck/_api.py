@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from limbeck.architecture.axes import Axis
     from limbeck.progress import Progress
     from limbeck.recipe import Recipe
     from limbeck.report import Report
@@ -52,6 +53,17 @@ def list_recipes() -> dict[str, Path]:
     from limbeck.recipe_file import built_in_recipes
 
     return built_in_recipes()
+
+
+def axes(model: str | Path, *, progress: Progress | None = None) -> tuple[Axis, ...]:
+    """What of a model can be made smaller: each axis proved on its weights, or the reason why not.
+
+    `model` is a folder or a source, as a recipe's `teacher.model`. Raises SourceError, AxisError.
+    """
+    from limbeck import anatomy
+    from limbeck.progress import Silent
+
+    return anatomy.axes_of(str(model), progress or Silent())
 
 
 def try_student(student: str | Path, text: str) -> list[tuple[str, float]]:

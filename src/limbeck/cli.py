@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--out", required=True, type=Path, help="the run's folder; resumes there")
     distill.add_argument("--repair", action="store_true", help="make damaged stages anew")
     recipe(verb("plan", _plan, "show each student's shape and predicted cost before any training"))
+    measured = verb("axes", _axes, "show what of a model can be cut, proved on its weights")
+    measured.add_argument("model", help="a model's folder, or a source as in a recipe")
     shown = verb("report", _report, "print a finished run's table and where its report lies")
     shown.add_argument("run_folder", type=Path, metavar="DIR", help="the run's folder")
     listed = verb("recipes", _recipes, "list the built-in recipes, or show one")
@@ -121,6 +123,19 @@ def _plan(arguments: argparse.Namespace) -> None:
         rows.append([name, f"{c.bytes_per_position:,}", size, f"{c.seconds:.0f}"])
     _table(rows)
     print(f"signals: {plan.signals_reason}")
+
+
+def _axes(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    with _terminal() as progress:
+        axes = _api.axes(arguments.model, progress=progress)
+    rows = [["axis", "fields", "size", "steps of", "proved", "why"]]
+    for axis in axes:
+        verdict = "yes" if axis.proved else "no"
+        size, step = str(axis.size), str(axis.granularity)
+        rows.append([axis.name, ", ".join(axis.fields), size, step, verdict, axis.reason])
+    _table(rows)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -97,6 +98,52 @@ def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTr
             fix="fetch or save the model again",
         )  # fmt: skip
     return model
+
+
+def auto_class(config: PretrainedConfig, *, where: str) -> type[Any]:
+    """The Auto class whose model config.architectures names. Raises SourceError for none."""
+    for name in config.architectures or ():
+        for auto in vars(modeling_auto).values():
+            mapping = getattr(auto, "_model_mapping", None)
+            if mapping is None or not isinstance(auto, type):
+                continue
+            made = mapping._model_mapping.get(config.model_type, ())
+            if name in ((made,) if isinstance(made, str) else made):
+                return auto
+    raise SourceError(
+        where, f"its config.json names {', '.join(config.architectures or ()) or 'no class'}",
+        allowed="architectures: a class that transformers' Auto classes build",
+        fix="add the class to config.json",
+    )  # fmt: skip
+
+
+def load_model(folder: Path, *, where: str) -> PreTrainedModel:
+    """A model of any kind as its folder holds it, in fp32 and eval mode.
+
+    Raises SourceError where transformers' Auto classes do not load it, or not all of its weights.
+    """
+    allowed = "a folder with the config.json and *.safetensors of a model that transformers knows"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        made = auto_class(config, where=where)
+        model, report = made.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except SourceError:
+        raise
+    except Exception as error:  # each architecture has its own
+        raise SourceError(
+            where, f"{folder} does not load: {_first_line(error)}", allowed=allowed,
+            fix="fetch or save the model again",
+        ) from error  # fmt: skip
+    if lost := sorted(report["missing_keys"]):
+        raise SourceError(
+            where, f"{folder} lacks {len(lost)} weights that its config.json asks for: {lost[0]}",
+            allowed="weights and config.json of the same model",
+            fix="fetch or save the model again",
+        )  # fmt: skip
+    return model.eval()
 
 
 def load_tokenizer(folder: Path, *, where: str) -> PreTrainedTokenizerBase:

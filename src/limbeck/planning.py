@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from limbeck import stages
-from limbeck.architecture.axes import find_axis
+from limbeck.architecture.cut import any_layers
 from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
 from limbeck.cores import cores, on_each
 from limbeck.models import build_classifier
@@ -37,16 +37,13 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     table = read_table(train, recipe.data, where="recipe.data.train")
     labels = sorted({*table.labels})
     config, axes = stages.untuned_axes(recipe, model_folder, labels)
-    layers = find_axis(axes, "layers")
-
     def measure(candidate: Candidate) -> float:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
-        shape = Shape(candidate.sizes, tuple(range(candidate.num_layers)))
+        shape = Shape(candidate.sizes, any_layers(axes, candidate.num_layers))
         return stages.time_shape(recipe, config, axes, shape)
 
     def spread(count: int) -> tuple[int, ...]:
-        assert layers is not None
-        return tuple(range(layers.size))[:count]
+        return any_layers(axes, count)
 
     space = stages.space_of(config, axes, recipe.export.primary)
     latency = LatencyModel(measure)

@@ -16,13 +16,15 @@ from transformers import AutoConfig
 
 from limbeck import runtime
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import Axis, axes_from_json, axes_to_json
+from limbeck.architecture.axes import Axis, axes_from_json, axes_to_json, find_axis
 from limbeck.architecture.cut import (
+    any_layers,
     keep_layers,
     shape_parameters,
     student_config,
 )
 from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.plan import (
     Candidate,
     LatencyModel,
@@ -30,7 +32,7 @@ from limbeck.architecture.plan import (
     plan_student,
     within_budget,
 )
-from limbeck.architecture.probe import example_inputs, find_axes
+from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.errors import RecipeError
 from limbeck.export.folder import save_folder
@@ -198,12 +200,14 @@ class Planner:
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
+        layers = find_axis(self.axes, "layers")
+        pinned = layers.pinned if layers else ()
         plan = plan_student(
             student,
             where,
             self.space,
             self.axes,
-            lambda n: keep_layers(self.scores, n),
+            lambda n: keep_layers(self.scores, n, pinned),
             self.latency,
         )
         exact = shape_parameters(self.config, build_classifier, self.axes, plan.shape)
@@ -214,7 +218,7 @@ class Planner:
         write_json(folder / "plan.json", asdict(plan) | {"timed": timed})
 
     def _time(self, candidate: Candidate) -> float:
-        shape = Shape(candidate.sizes, tuple(range(candidate.num_layers)))
+        shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.config, self.axes, shape)
 

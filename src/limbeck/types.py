@@ -124,6 +124,8 @@ class Shape:
 
     sizes: Mapping[str, int]  # axis name -> size, e.g. {"hidden": 160, "ffn": 640, "heads": 5}
     layers: tuple[int, ...]  # indices of the teacher's layers, ascending
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The same for models of several stacks, by axis name; a stack not named keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,26 +63,45 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Dimensions that carry the same units: permute one and all must follow."""
+    """Dimensions that carry the same units: permute one and all must follow.
+
+    `units` may be a multiple or a part of the axis's size (4 channels for each of the width, one
+    head for 64); a smaller axis has as many fewer.
+    """
 
     name: str
     units: int
     members: tuple[Member, ...]
+
+    def kept(self, size: int, full: int) -> int:
+        """Units that are left when its axis goes from `full` to `size`."""
+        units, rest = divmod(self.units * size, full)
+        if rest:
+            raise AxisError(self.name, f"{size} of {full} leaves no whole number of units")
+        return units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
     """Something about an architecture that can be made smaller, or the reason why it cannot."""
 
-    name: str  # 'hidden', 'heads', 'ffn', 'layers'; any other: the config field's own name
-    fields: Mapping[str, int]  # config field -> its value per unit of `size`
+    name: str
+    """'hidden', 'heads' (with their key/value heads), 'queries' (per key/value head), 'ffn',
+    'layers', 'vocab'; any other, and a second one of these: the config field's own name."""
+    fields: Mapping[str, float]
+    """Config field ('hidden_sizes[1]', 'text_config.hidden_size') -> its value per unit of `size`;
+    a ratio such as mlp_ratio has a fraction."""
     size: int
     granularity: int = 1  # sizes are multiples of this
     groups: tuple[Group, ...] = ()
     coupled: Mapping[str, int] = field(default_factory=dict)
     """Axis name -> k: this size is always k times that one's (hidden = head_dim * heads)."""
     pattern: str = ""
-    """Of `layers`: the repeated block's module path, such as 'encoder.layer.{}'."""
+    """Of layers: the repeated block's module path, such as 'encoder.layer.{}'."""
+    pinned: tuple[int, ...] = ()
+    """Of layers: those that no student can do without (one that owns a stride, a norm fewer)."""
+    labels: bool = False
+    """Its units are named by the inputs (token ids): a student keeps the first ones as they are."""
     proved: bool = False
     reason: str = ""  # what proved it, with numbers, or one sentence that says why it is refused
 
@@ -107,6 +126,7 @@ def _axis(data: Mapping[str, object]) -> Axis:
         return tuple(Member(**{**row, "segments": tuple(row["segments"])}) for row in rows)
 
     values: dict[str, Any] = dict(data)
+    values["pinned"] = tuple(values["pinned"])
     values["groups"] = tuple(
         Group(g["name"], g["units"], members(g["members"])) for g in values["groups"]
     )
@@ -117,6 +137,11 @@ def find_axis(axes: Sequence[Axis], name: str) -> Axis | None:
     return next((axis for axis in axes if axis.name == name), None)
 
 
+def stacks(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """The axes that count layers."""
+    return tuple(axis for axis in axes if axis.pattern)
+
+
 def layer_of(pattern: str, name: str) -> tuple[int, str] | None:
     """('encoder.layer.{}', 'encoder.layer.3.x.weight') -> (3, 'x.weight'); None if outside."""
     if not pattern:
@@ -124,6 +149,15 @@ def layer_of(pattern: str, name: str) -> tuple[int, str] | None:
     head, _, tail = pattern.partition("{}")
     found = re.match(re.escape(head) + r"(\d+)" + re.escape(tail) + r"\.(.+)", name)
     return (int(found[1]), found[2]) if found else None
+
+
+def first_only(pattern: str, names: Iterable[str]) -> set[str]:
+    """Names in the first layer that no other layer has its own of: a table that all of them read
+    (T5's relative bias). It stays with whichever layer is the first."""
+    places = {name: place for name in names if (place := layer_of(pattern, name))}
+    others = {rest for at, rest in places.values() if at > 0}
+    first = {name for name, (at, rest) in places.items() if at == 0 and rest not in others}
+    return first if others else set()
 
 
 def members_by_parameter(groups: Sequence[Group]) -> dict[str, list[tuple[Group, Member]]]:

@@ -6,8 +6,7 @@ first units of each group and a subset of the layers, renumbered.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,14 @@ from limbeck.architecture.axes import (
     Axis,
     Member,
     find_axis,
+    first_only,
     identity,
     layer_of,
     members_by_parameter,
     permuted,
+    stacks,
 )
-from limbeck.architecture.fields import Build
+from limbeck.architecture.fields import Build, Value, changed, read_field
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 
@@ -44,6 +45,13 @@ def full_shape(axes: Sequence[Axis]) -> Shape:
     return Shape(sizes, tuple(range(layers.size)) if layers else ())
 
 
+def kept_layers(axis: Axis, shape: Shape) -> tuple[int, ...]:
+    """Which layers of this stack a shape keeps."""
+    if axis.name == "layers":
+        return shape.layers
+    return tuple(shape.stacks.get(axis.name, range(axis.size)))
+
+
 def sort_units(
     state_dict: Mapping[str, Tensor], axes: Sequence[Axis], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -52,7 +60,7 @@ def sort_units(
     `scores` are by group name, (units,) each, as `Importance.units`. Entries that lie on no usable
     axis are the given tensors themselves; tied entries stay tied.
     """
-    groups = [group for axis in usable(axes) for group in axis.groups]
+    groups = [group for axis in usable(axes) if not axis.labels for group in axis.groups]
     orders = {}
     for group in groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
@@ -64,12 +72,24 @@ def sort_units(
     return permuted(state_dict, groups, orders)
 
 
-def keep_layers(scores: Tensor, n: int) -> tuple[int, ...]:
-    """The n layers with the highest scores (L,), ascending; of equals the earlier."""
-    if not 1 <= n <= len(scores):
-        raise AxisError("layers", f"{n} asked for", allowed=f"1 to {len(scores)}")
+def keep_layers(scores: Tensor, n: int, pinned: Sequence[int] = ()) -> tuple[int, ...]:
+    """The n layers with the highest scores (L,), ascending; of equals the earlier.
+
+    The `pinned` ones are always among them.
+    """
+    least = max(1, len(pinned))
+    if not least <= n <= len(scores):
+        raise AxisError("layers", f"{n} asked for", allowed=f"{least} to {len(scores)}")
+    scores = scores.clone()
+    scores[list(pinned)] = torch.inf
     order = torch.argsort(scores, descending=True, stable=True)
     return tuple(sorted(order[:n].tolist()))
+
+
+def any_layers(axes: Sequence[Axis], n: int) -> tuple[int, ...]:
+    """Some n layers that may be kept together: which ones matters to no size and no speed."""
+    axis = find_axis(axes, "layers")
+    return keep_layers(torch.zeros(axis.size), n, axis.pinned) if axis else ()
 
 
 def check_shape(axes: Sequence[Axis], shape: Shape) -> None:
@@ -104,21 +124,40 @@ def check_shape(axes: Sequence[Axis], shape: Shape) -> None:
                     allowed=f"{axis.name} = {times} * {other}",
                     fix="change both together",
                 )
-    _check_layers(axes, shape.layers)
+    _check_conflicts([a for a in axes if shape.sizes.get(a.name, a.size) < a.size])
+    known = stacks(axes)
+    unknown = sorted(shape.stacks.keys() - {axis.name for axis in known})
+    if unknown or (shape.layers and not find_axis(known, "layers")):
+        where = unknown[0] if unknown else "layers"
+        raise AxisError(f"shape.{where}", "this architecture has no layers to choose from")
+    for axis in known:
+        _check_layers(axis, kept_layers(axis, shape))
 
 
-def _check_layers(axes: Sequence[Axis], layers: tuple[int, ...]) -> None:
-    axis = find_axis(axes, "layers")
-    count = axis.size if axis else 0
+def _check_conflicts(smaller: Sequence[Axis]) -> None:
+    """Two axes through one dimension, or with one field, have no common cut."""
+    for at, axis in enumerate(smaller):
+        for other in smaller[:at]:
+            places = [{(m.parameter, m.dim) for g in a.groups for m in g.members}
+                      for a in (axis, other)]  # fmt: skip
+            if places[0] & places[1] or axis.fields.keys() & other.fields.keys():
+                raise AxisError(
+                    f"shape.{axis.name}", f"runs through the same weights as {other.name}",
+                    allowed="one of the two", fix=f"leave {axis.name} or {other.name} as it is",
+                )  # fmt: skip
+
+
+def _check_layers(axis: Axis, layers: tuple[int, ...]) -> None:
+    where, count = f"shape.{axis.name}", axis.size
     if layers == tuple(range(count)):
         return
-    if axis is None:
-        raise AxisError("shape.layers", "this architecture has no layers to choose from")
     if not axis.proved:
-        raise AxisError("shape.layers", f"not proved for this model: {axis.reason}")
+        raise AxisError(where, f"not proved for this model: {axis.reason}")
     if not layers or list(layers) != sorted(set(layers) & set(range(count))):
         allowed = f"some of 0 to {count - 1}, each once, ascending"
-        raise AxisError("shape.layers", f"{list(layers)}", allowed=allowed)
+        raise AxisError(where, f"{list(layers)}", allowed=allowed)
+    if lost := set(axis.pinned) - set(layers):
+        raise AxisError(where, f"layer {min(lost)} cannot go: {axis.reason}", fix="keep it")
 
 
 def student_config(
@@ -126,20 +165,33 @@ def student_config(
 ) -> PretrainedConfig:
     """`config` at that shape. Raises `AxisError` as `check_shape` does."""
     check_shape(axes, shape)
-    new = copy.deepcopy(config)
+    values: dict[str, Value] = {}
     for name, size in shape.sizes.items():
         axis = find_axis(axes, name)
         assert axis is not None  # check_shape
-        for field, times in axis.fields.items():
-            setattr(new, field, size * times)
-    layers = find_axis(axes, "layers")
-    if layers is not None:
-        for field, times in layers.fields.items():
-            setattr(new, field, len(shape.layers) * times)
-        kinds = getattr(config, "layer_types", None)  # transformers' one per-layer list
-        if kinds and len(kinds) == layers.size:
-            new.layer_types = [kinds[at] for at in shape.layers]
+        if size != axis.size:
+            values |= {f: _value(config, f, size * times) for f, times in axis.fields.items()}
+    lists: dict[str, list[object]] = {}
+    for axis in stacks(axes):
+        kept = kept_layers(axis, shape)
+        if len(kept) < axis.size:
+            values |= {f: _value(config, f, len(kept) * n) for f, n in axis.fields.items()}
+            kinds = getattr(config, "layer_types", None)  # transformers' one per-layer list
+            if kinds and len(kinds) == axis.size:
+                lists["layer_types"] = [kinds[at] for at in kept]
+    new = changed(config, values)
+    for name, items in lists.items():
+        setattr(new, name, items)
     return new
+
+
+def _value(config: PretrainedConfig, field: str, value: float) -> Value:
+    """As the config's own type: a count must be whole."""
+    if type(read_field(config, field)) is float:
+        return value
+    if abs(value - round(value)) > 1e-6:
+        raise AxisError(field, f"{value:.3f} is no whole number")
+    return round(value)
 
 
 def cut(state_dict: Mapping[str, Tensor], axes: Sequence[Axis], shape: Shape) -> dict[str, Tensor]:
@@ -149,16 +201,21 @@ def cut(state_dict: Mapping[str, Tensor], axes: Sequence[Axis], shape: Shape) ->
     a dimension packed from several segments has to be put together anew.
     """
     check_shape(axes, shape)
-    layers = find_axis(axes, "layers")
-    pattern = layers.pattern if layers else ""
-    kept = {old: new for new, old in enumerate(shape.layers)}
-    sizes = {g.name: shape.sizes.get(axis.name, g.units) for axis in axes for g in axis.groups}
+    kept = {
+        axis.pattern: {old: new for new, old in enumerate(kept_layers(axis, shape))}
+        for axis in stacks(axes)
+    }
+    shared = {name for pattern in kept for name in first_only(pattern, state_dict)}
+    sizes = {
+        g.name: g.kept(shape.sizes.get(axis.name, axis.size), axis.size)
+        for axis in axes for g in axis.groups
+    }  # fmt: skip
     places = members_by_parameter([group for axis in axes for group in axis.groups])
     result: dict[str, Tensor] = {}
     done: dict[tuple[object, ...], Tensor] = {}  # tied entries stay one tensor
     for name, tensor in state_dict.items():
-        place = layer_of(pattern, name)
-        if place and place[0] not in kept:
+        pattern, place = _place(name, kept)
+        if place and place[0] not in kept[pattern] and name not in shared:
             continue
         key = identity(tensor)
         if key not in done:
@@ -166,9 +223,18 @@ def cut(state_dict: Mapping[str, Tensor], axes: Sequence[Axis], shape: Shape) ->
             for group, member in places.get(name, ()):
                 small = _first_units(small, member, group.units, sizes[group.name])
             done[key] = small
-        new = f"{pattern.format(kept[place[0]])}.{place[1]}" if place else name
-        result[new] = done[key]
+        value = done[key]
+        if place and name not in shared:
+            name = f"{pattern.format(kept[pattern][place[0]])}.{place[1]}"
+        result[name] = value
     return result
+
+
+def _place(name: str, patterns: Iterable[str]) -> tuple[str, tuple[int, str] | None]:
+    for pattern in patterns:
+        if place := layer_of(pattern, name):
+            return pattern, place
+    return "", None
 
 
 def _first_units(tensor: Tensor, member: Member, units: int, kept: int) -> Tensor:

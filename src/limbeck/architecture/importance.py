@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.architecture.axes import Axis, Member, find_axis
-from limbeck.architecture.proof import skipped
+from limbeck.architecture.proof_layers import skipped
 from limbeck.cores import on_each
 from limbeck.losses.divergence import cross_entropy
 from limbeck.progress import Bar, Progress
@@ -50,6 +50,7 @@ def importance(
 ) -> Importance:
     """Scores on these batches. Neither the model's weights nor their gradients are touched."""
     model.eval()
+    axes = [axis for axis in axes if not axis.labels]  # nothing reorders what inputs name
     layers = find_axis(axes, "layers")
     steps = len(batches) * (3 + (1 + layers.size if layers else 0))
     with progress.bar("importance", steps, "passes") as bar:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from limbeck.architecture.axes import Axis, find_axis, layer_of, members_by_parameter
+from limbeck.architecture.axes import Axis, find_axis, first_only, layer_of, members_by_parameter
 from limbeck.architecture.cut import usable
 from limbeck.errors import RecipeError
 from limbeck.recipe import BudgetSpec, StudentSpec
@@ -55,7 +55,9 @@ def candidates(
     proved = usable(axes)
     layers = find_axis(proved, "layers")
     coupled = {name for axis in proved for name in axis.coupled}
-    free = [axis for axis in proved if axis.groups and axis.name not in coupled]
+    # Heads with their key/value heads are better kept, a vocabulary's rows have
+    # names, and of other axes nobody knows the harm: all of these stay as they are.
+    free = [a for a in proved if a.groups and a.name in _HARM and a.name not in coupled]
     combinations: list[dict[str, int]] = [{}]
     for axis in free:
         combinations = [
@@ -66,14 +68,16 @@ def candidates(
     found = []
     for sizes in combinations:
         outside, inside = _count(shapes, proved, sizes)
-        for n in range(1, (layers.size if layers else 0) + 1) if layers else (0,):
-            depth = n / layers.size if layers else 0.0
+        pinned = len(layers.pinned) if layers else 0
+        for n in range(max(1, pinned), layers.size + 1) if layers else (0,):
+            free_layers = layers.size - pinned if layers else 0
+            depth = (n - pinned) / free_layers if free_layers else 0.0
             matrices = outside[0] + inside[0] * depth
             rest = outside[1] + inside[1] * depth
             per_matrix, per_rest = _BYTES[format]
             size_bytes = matrices * per_matrix + rest * per_rest
             size_bytes += _OVERHEAD[format] + _OVERHEAD_PER_LAYER[format] * n
-            per_layer = inside[0] / layers.size if layers else 0.0
+            per_layer = inside[0] / free_layers if free_layers else 0.0
             found.append(Candidate(sizes, n, round(matrices + rest), round(size_bytes), per_layer))
     return found
 
@@ -88,16 +92,25 @@ def _sizes(axis: Axis) -> list[int]:
 def _count(
     shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """((matrices, rest) outside the layers, (matrices, rest) inside all layers), in parameters."""
-    kept = {group.name: sizes[axis.name] for axis in axes for group in axis.groups}
+    """((matrices, rest) outside the layers, (matrices, rest) inside all layers), in parameters.
+
+    Layers that cannot go count as outside.
+    """
+    kept = {
+        group.name: group.kept(sizes.get(axis.name, axis.size), axis.size)
+        for axis in axes for group in axis.groups
+    }  # fmt: skip
     places = members_by_parameter([group for axis in axes for group in axis.groups])
     layers = find_axis(axes, "layers")
+    shared = first_only(layers.pattern, shapes) if layers else set()
     outside, inside = [0.0, 0.0], [0.0, 0.0]
     for name, shape in shapes.items():
         dims = list(shape)
         for group, member in places.get(name, ()):
             dims[member.dim] = member.width(kept[group.name])
-        where = inside if layers and layer_of(layers.pattern, name) else outside
+        place = layer_of(layers.pattern, name) if layers else None
+        free = layers and place and place[0] not in layers.pinned and name not in shared
+        where = inside if free else outside
         where[0 if len(dims) > 1 else 1] += math.prod(dims)
     return (outside[0], outside[1]), (inside[0], inside[1])
 

@@ -10,24 +10,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PretrainedConfig
 
-from limbeck.architecture.axes import Axis, Group, find_axis, layer_of, permuted
-from limbeck.architecture.cut import build_student, cut
+from limbeck.architecture.axes import Axis, Group, find_axis, layer_of, stacks
+from limbeck.architecture.cut import cut
 from limbeck.architecture.fields import Build
-from limbeck.architecture.twins import logits_of
-from limbeck.errors import AxisError
+from limbeck.architecture.loaded import TOLERANCE, Loaded, Refused, difference
+from limbeck.architecture.proof_layers import skipping
+from limbeck.architecture.proof_vocab import renaming
 from limbeck.types import Shape
 
-_TOLERANCE = 1e-4  # relative to the largest logit, fp32; rounding is near 1e-6
-_SEEN = 1e-9  # the same in fp64, for effects that fp32 would hide in its rounding
 _CONTROLS = 3  # dimensions of a group to leave out, in turn, until one is missed
 
 
@@ -46,11 +42,10 @@ def prove_axes(
     model.eval()
     try:
         trusted = [replace(axis, proved=True) for axis in axes]  # what a cut would presuppose
-        bench = _Bench(model, config, build, trusted, inputs, seed)
-        verdicts = {axis.name: _verdict(axis, bench) for axis in axes}
+        bench = Loaded(model, config, build, trusted, inputs, seed)
+        found = [_verdict(axis, bench) for axis in axes]
     finally:
         model.train(training)
-    found = [replace(axis, proved=p, reason=r) for axis in axes for p, r in [verdicts[axis.name]]]
     lost = {axis.name for axis in found if not axis.proved}
     for at, axis in enumerate(found):
         partners = {*axis.coupled, *(other.name for other in axes if axis.name in other.coupled)}
@@ -60,124 +55,55 @@ def prove_axes(
     return tuple(found)
 
 
-class _Refused(Exception):
-    """The sentence that says why."""
-
-
-class _Bench:
-    """The loaded model, run under other weights without being touched."""
-
-    def __init__(
-        self, model: nn.Module, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
-        inputs: Mapping[str, Tensor], seed: int,
-    ) -> None:  # fmt: skip
-        self.model, self.config, self.build, self.axes = model, config, build, axes
-        self.inputs = dict(inputs)
-        self.random = torch.Generator().manual_seed(seed)
-        self.state = {k: v.detach() for k, v in model.named_parameters()}  # tied ones once
-        self.state |= dict(model.named_buffers())
-        self.saved = model.state_dict().keys()
-        self.reference = self.run(model)
-        self._reference64: Tensor | None = None
-
-    def run(self, model: nn.Module) -> Tensor:
-        return logits_of(model(**self.inputs))
-
-    def under(self, state: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
-        """Logits under other weights; entries not given stay the model's own."""
-        return logits_of(functional_call(model or self.model, dict(state), (), self.inputs))
-
-    def moved(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        orders = {group.name: self.order(group.units) for group in groups}
-        return permuted(self.state, groups, orders)
-
-    def order(self, units: int) -> Tensor:
-        """At random, but never the order they have."""
-        order = torch.randperm(units, generator=self.random)
-        return order.roll(1) if torch.equal(order, torch.arange(units)) else order
-
-    def change(self, group: Group, order: Tensor) -> float:
-        """How much this permutation changes the outputs; 0 if not beyond rounding."""
-        moved = permuted(self.state, [group], {group.name: order})
-        change = _difference(self.under(moved), self.reference)
-        if change > _TOLERANCE:
-            return change
-        # Heads that all attend evenly differ little: look again where rounding is out of the way.
-        if self._reference64 is None:
-            self._reference64 = self._under64(self.state)
-        change = _difference(self._under64(moved), self._reference64)
-        return change if change > _SEEN else 0.0
-
-    def _under64(self, state: Mapping[str, Tensor]) -> Tensor:
-        def wide(tensor: Tensor) -> Tensor:
-            return tensor.double() if tensor.is_floating_point() else tensor
-
-        inputs = {name: wide(tensor) for name, tensor in self.inputs.items()}
-        weights = {name: wide(tensor) for name, tensor in state.items()}
-        return logits_of(functional_call(self.model, weights, (), inputs))
-
-    def student(self, shape: Shape, state: Mapping[str, Tensor]) -> nn.Module:
-        saved = {name: tensor for name, tensor in state.items() if name in self.saved}
-        try:
-            return build_student(self.config, self.build, self.axes, shape, saved)
-        except AxisError as error:
-            raise _Refused(f"the smaller model does not take its cut weights: {error}") from error
-
-    @property
-    def every_layer(self) -> tuple[int, ...]:
-        layers = find_axis(self.axes, "layers")
-        return tuple(range(layers.size)) if layers else ()
-
-
-def _difference(logits: Tensor, reference: Tensor) -> float:
-    """Largest, relative to the largest logit; infinite where a value is not finite."""
-    if not logits.isfinite().all():
-        return float("inf")
-    scale = reference.abs().max().clamp_min(1e-6)
-    return ((logits - reference).abs().max() / scale).item()
-
-
-def _verdict(axis: Axis, bench: _Bench) -> tuple[bool, str]:
-    tests: tuple[Callable[[Axis, _Bench], str], ...]
-    if axis.pattern:
-        tests = (_skipping,)
+def _verdict(axis: Axis, bench: Loaded) -> Axis:
+    tests: tuple[Callable[[Axis, Loaded], str], ...]
+    if axis.labels:
+        tests = (_layout, renaming)
     elif axis.groups:
         inside = _lies_inside_layers(axis, bench) or _is_coupled(axis, bench)
         tests = (_layout, _permutation, _zeroing if inside else _same_units)
-    else:
-        return False, axis.reason  # refused when it was looked for
+    elif not axis.pattern:
+        return axis  # refused when it was looked for
     try:
-        return True, "; ".join(sentence for test in tests if (sentence := test(axis, bench)))
-    except _Refused as refusal:
-        return False, str(refusal)
+        if axis.pattern:
+            pinned, reason = skipping(axis, bench)
+            return replace(axis, proved=True, pinned=pinned, reason=reason)
+        reason = "; ".join(sentence for test in tests if (sentence := test(axis, bench)))
+        return replace(axis, proved=True, reason=reason)
+    except Refused as refusal:
+        return replace(axis, proved=False, reason=str(refusal))
 
 
-def _lies_inside_layers(axis: Axis, bench: _Bench) -> bool:
-    layers = find_axis(bench.axes, "layers")
-    pattern = layers.pattern if layers else ""
-    homes = [[layer_of(pattern, m.parameter) for m in g.members] for g in axis.groups]
-    return all(None not in home and len({p[0] for p in home if p}) == 1 for home in homes)
+def _lies_inside_layers(axis: Axis, bench: Loaded) -> bool:
+    def home(parameter: str) -> tuple[str, int] | None:
+        for stack in stacks(bench.axes):
+            if place := layer_of(stack.pattern, parameter):
+                return stack.pattern, place[0]
+        return None
+
+    homes = [{home(m.parameter) for m in group.members} for group in axis.groups]
+    return all(len(found) == 1 and None not in found for found in homes)
 
 
-def _is_coupled(axis: Axis, bench: _Bench) -> bool:
+def _is_coupled(axis: Axis, bench: Loaded) -> bool:
     return any(axis.name in other.coupled for other in bench.axes)
 
 
-def _layout(axis: Axis, bench: _Bench) -> str:
+def _layout(axis: Axis, bench: Loaded) -> str:
     for group in axis.groups:
-        if group.units != axis.size:
-            raise _Refused(f"{group.name} has {group.units} units, not {axis.size}")
+        if group.units * (axis.size - axis.granularity) % axis.size:
+            raise Refused(f"{group.name} has {group.units} units, which do not follow {axis.size}")
         for member in group.members:
             tensor = bench.state.get(member.parameter)
             if tensor is None:
-                if member.parameter not in bench.saved:  # else another name of a tied one
-                    raise _Refused(f"{member.parameter} is not in this model")
+                if member.parameter not in bench.held:  # else another name of a tied one
+                    raise Refused(f"{member.parameter} is not in this model")
                 continue
             if member.dim >= tensor.dim() or tensor.shape[member.dim] != member.width(group.units):
-                raise _Refused(f"{member.parameter} has not the size that {group.name} needs")
+                raise Refused(f"{member.parameter} has not the size that {group.name} needs")
             if member.parameter not in bench.saved and not _flat(tensor, member.dim):
                 why = "is computed anew when a model loads, so it cannot follow a permutation"
-                raise _Refused(f"{member.parameter} {why}")
+                raise Refused(f"{member.parameter} {why}")
     return ""
 
 
@@ -185,11 +111,11 @@ def _flat(tensor: Tensor, dim: int) -> bool:
     return bool((tensor == tensor.narrow(dim, 0, 1)).all())
 
 
-def _permutation(axis: Axis, bench: _Bench) -> str:
-    error = _difference(bench.under(bench.moved(axis.groups)), bench.reference)
-    if not error < _TOLERANCE:
+def _permutation(axis: Axis, bench: Loaded) -> str:
+    error = difference(bench.under(bench.moved(axis.groups)), bench.reference)
+    if not error < TOLERANCE:
         culprit = _culprit(list(axis.groups), bench)
-        raise _Refused(
+        raise Refused(
             f"permuting the units of {culprit} changes the outputs by {error:.1e}: they are not "
             "interchangeable, or not all of their dimensions are known"
         )
@@ -197,15 +123,15 @@ def _permutation(axis: Axis, bench: _Bench) -> str:
     return f"permuted: outputs differ by {error:.0e}, with one dimension left out by {control:.0e}"
 
 
-def _culprit(groups: list[Group], bench: _Bench) -> str:
+def _culprit(groups: list[Group], bench: Loaded) -> str:
     while len(groups) > 1:
         half = groups[: len(groups) // 2]
-        failed = not _difference(bench.under(bench.moved(half)), bench.reference) < _TOLERANCE
+        failed = not difference(bench.under(bench.moved(half)), bench.reference) < TOLERANCE
         groups = half if failed else groups[len(groups) // 2 :]
     return groups[0].name
 
 
-def _control(group: Group, bench: _Bench) -> float:
+def _control(group: Group, bench: Loaded) -> float:
     """How much a wrong permutation of this group changes the outputs."""
     known = [m for m in group.members if m.parameter in bench.state]
     known.sort(key=lambda m: bench.state[m.parameter].dim() < 2)  # matrices first
@@ -217,13 +143,13 @@ def _control(group: Group, bench: _Bench) -> float:
         if seen:
             break
     if not seen:
-        raise _Refused(f"the order of {group.name} does not reach the outputs: nothing is shown")
+        raise Refused(f"the order of {group.name} does not reach the outputs: nothing is shown")
     if _has_smaller_units(group, bench):
-        raise _Refused(f"{group.name} has smaller units than the blocks it was given")
+        raise Refused(f"{group.name} has smaller units than the blocks it was given")
     return seen
 
 
-def _has_smaller_units(group: Group, bench: _Bench) -> bool:
+def _has_smaller_units(group: Group, bench: Loaded) -> bool:
     """Whether halves (thirds, ...) of the blocks are interchangeable too: then the blocks are not
     the units, but several of them."""
     block = min(member.block for member in group.members)
@@ -235,11 +161,11 @@ def _has_smaller_units(group: Group, bench: _Bench) -> bool:
     return not bench.change(finer, torch.arange(finer.units).roll(1))  # each block gets mixed
 
 
-def _zeroing(axis: Axis, bench: _Bench) -> str:
+def _zeroing(axis: Axis, bench: Loaded) -> str:
     """Half of the units, drawn at random, cut; against the same units zeroed."""
     kept = max(axis.granularity, axis.size // 2 // axis.granularity * axis.granularity)
     if kept >= axis.size:
-        raise _Refused(f"there is no size below {axis.size}")
+        raise Refused(f"there is no size below {axis.size}")
     moved = bench.moved(axis.groups)
     zeroed = dict(moved)
     for group in axis.groups:
@@ -247,7 +173,7 @@ def _zeroing(axis: Axis, bench: _Bench) -> str:
             if member.parameter not in zeroed:
                 continue
             keep = torch.zeros(member.width(group.units))
-            for start, length in member.pieces(group.units, kept):
+            for start, length in member.pieces(group.units, group.kept(kept, axis.size)):
                 keep[start : start + length] = 1
             shape = [-1 if d == member.dim else 1 for d in range(zeroed[member.parameter].dim())]
             zeroed[member.parameter] = zeroed[member.parameter] * keep.view(shape)
@@ -260,40 +186,55 @@ def _zeroing(axis: Axis, bench: _Bench) -> str:
         except (RuntimeError, ValueError):  # its code insists on the full size
             return "not cut alone; see the axis it is coupled to"
     else:
-        logits = bench.run(bench.student(Shape({axis.name: kept}, bench.every_layer), moved))
-    error = _difference(logits, reference)
-    if not error < _TOLERANCE:
-        raise _Refused(f"cutting it to {kept} differs from zeroing the same units by {error:.1e}")
-    return f"cut equals zeroed to {error:.0e}"
+        logits = bench.run(bench.student(bench.shape({axis.name: kept}), moved))
+    error = difference(logits, reference)
+    if error < TOLERANCE:
+        return f"cut equals zeroed to {error:.0e}"
+    if _is_coupled(axis, bench):  # the full model's code regroups the smaller weights, or a norm
+        return "not cut alone; see the axis it is coupled to"
+    if _spanned_by_norm(axis, bench):
+        return f"a norm spans it, so a cut is not the zeroed model; {_same_units(axis, bench)}"
+    raise Refused(f"cutting it to {kept} differs from zeroing the same units by {error:.1e}")
 
 
-def _same_units(axis: Axis, bench: _Bench) -> str:
+def _spanned_by_norm(axis: Axis, bench: Loaded) -> bool:
+    """Whether statistics are taken over the units: a module of vectors alone, whose statistics are
+    not stored as a batch norm's are."""
+    for parameter in {m.parameter for group in axis.groups for m in group.members}:
+        owner, _, name = parameter.rpartition(".")
+        module = bench.model.get_submodule(owner)
+        flat = all(p.dim() == 1 for p in module.parameters(recurse=False))
+        if name == "weight" and flat and "running_mean" not in dict(module.named_buffers()):
+            return True
+    return False
+
+
+def _same_units(axis: Axis, bench: Loaded) -> str:
     """A smaller model runs, and sees the same units: a count of heads regroups them unseen."""
     partners = [other for name in axis.coupled if (other := find_axis(bench.axes, name))]
     moved = bench.moved([group for one in (axis, *partners) for group in one.groups])
-    problem: _Refused | None = None
+    problem: Refused | None = None
     for sizes in _smaller(axis, partners):
         try:
-            student = bench.student(Shape(sizes, bench.every_layer), moved)
+            student = bench.student(bench.shape(sizes), moved)
             break
-        except _Refused as refusal:  # one size may be special: a projection falls away
+        except Refused as refusal:  # one size may be special: a projection falls away
             problem = refusal
     else:
-        raise problem or _Refused(f"there is no size below {axis.size}")
-    small = _Bench(student, bench.config, bench.build, bench.axes, bench.inputs, 0)
+        raise problem or Refused(f"there is no size below {axis.size}")
+    small = Loaded(student, bench.config, bench.build, bench.axes, bench.inputs, 0)
     small.random = bench.random
     worst = 0.0
     for one in (axis, *partners):
         size = sizes[one.name]
-        if size < 2:
-            continue
-        groups = [replace(group, units=size) for group in one.groups]
-        error = _difference(small.under(small.moved(groups)), small.reference)
-        if not error < _TOLERANCE:
-            raise _Refused(f"a model of {one.name}={size} has other units ({error:.1e})")
+        groups = [replace(group, units=group.kept(size, one.size)) for group in one.groups]
+        groups = [group for group in groups if group.units > 1]
+        error = difference(small.under(small.moved(groups)), small.reference)
+        if not error < TOLERANCE:
+            raise Refused(f"a model of {one.name}={size} has other units ({error:.1e})")
         worst = max(worst, error)
         if any(_has_smaller_units(group, small) for group in groups):
-            raise _Refused(f"a model of {one.name}={size} has smaller units")
+            raise Refused(f"a model of {one.name}={size} has smaller units")
     named = ", ".join(f"{name}={size}" for name, size in sizes.items())
     return f"a model of {named} has the same units, to {worst:.0e}"
 
@@ -306,42 +247,3 @@ def _smaller(axis: Axis, partners: Sequence[Axis]) -> Iterator[dict[str, int]]:
         if 0 < kept < steps:
             size = kept * axis.granularity
             yield {axis.name: size, **{p.name: size // axis.coupled[p.name] for p in partners}}
-
-
-def _skipping(axis: Axis, bench: _Bench) -> str:
-    if axis.size < 2:
-        raise _Refused("one layer only: nothing to drop")
-    worst = 0.0
-    drops = [{0}, {axis.size - 1}]
-    some = torch.randperm(axis.size, generator=bench.random)[: axis.size // 2].tolist()
-    if set(some) not in drops:
-        drops.append(set(some))
-    for dropped in drops:
-        kept = tuple(i for i in range(axis.size) if i not in dropped)
-        logits = bench.run(bench.student(Shape({}, kept), bench.state))
-        with skipped(bench.model, *(axis.pattern.format(i) for i in dropped)):
-            error = _difference(logits, bench.run(bench.model))
-        if not error < _TOLERANCE:
-            which = ", ".join(map(str, sorted(dropped)))
-            raise _Refused(f"dropping layer {which} differs from skipping it by {error:.1e}")
-        worst = max(worst, error)
-    return f"dropped equals skipped to {worst:.0e}"
-
-
-@contextmanager
-def skipped(model: nn.Module, *layers: str) -> Iterator[None]:
-    """Let these layers (module names) hand their input through."""
-
-    def through(_module: nn.Module, args: Any, kwargs: Any, output: object) -> object:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(through, with_kwargs=True)
-        for name in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

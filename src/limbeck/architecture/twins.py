@@ -8,13 +8,18 @@ part. About one backward per group; exact up to rounding, hence float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from limbeck.architecture.axes import Member
 
 Dim = tuple[str, int]  # (parameter or buffer, dimension)
+Layout = Mapping[Dim, Member]  # how the units lie along each dimension
 
 _DIFFERENT = 1e-7  # relative; rounding of a float64 backward is near 1e-14
 _SILENT = 1e-9  # of the model's typical gradient: a key bias under softmax has only rounding
@@ -33,6 +38,22 @@ def logits_of(output: object) -> Tensor:
     return found
 
 
+class Doubles(TorchFunctionMode):
+    """Keeps in float64 what a model casts to float32 (an RMS norm): its rounding would show."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        named = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **named)
+
+
 class Bench:
     """A small model in float64 with random weights, norms and biases, and one fixed loss."""
 
@@ -47,7 +68,7 @@ class Bench:
             for parameter in self.parameters.values():
                 if parameter.requires_grad:  # a frozen table is computed, not free
                     self._randomise(parameter)
-            shape = logits_of(model(**self.inputs)).shape
+            shape = self.logits().shape
         self.direction = self.noise(shape)
 
     def noise(self, shape: Iterable[int]) -> Tensor:
@@ -60,24 +81,27 @@ class Bench:
             fan_in = max(1, parameter.numel() // parameter.shape[0])
             parameter.copy_(self.noise(parameter.shape) / fan_in**0.5)
 
+    def logits(self) -> Tensor:
+        with Doubles():
+            return logits_of(self.model(**self.inputs))
+
     def gradients(self) -> dict[str, Tensor]:
-        loss = (logits_of(self.model(**self.inputs)) * self.direction).sum()
+        loss = (self.logits() * self.direction).sum()
         wanted = {k: p for k, p in self.parameters.items() if p.requires_grad}
         found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         return {k: g for k, g in zip(wanted, found, strict=True) if g is not None}
 
-    def survives(self, dims: Iterable[Dim], units: int) -> bool:
+    def survives(self, layout: Layout, units: int) -> bool:
         """Whether the logits stay when these dimensions' units are permuted at random."""
         order = torch.randperm(units, generator=self.random)
-        saved = {name: self.tensors[name].detach().clone() for name, _ in dims}
+        saved = {name: self.tensors[name].detach().clone() for name, _ in layout}
         with torch.no_grad():
-            before = logits_of(self.model(**self.inputs))
+            before = self.logits()
             try:
-                for name, dim in dims:
-                    block = self.tensors[name].shape[dim] // units
-                    channels = (order[:, None] * block + torch.arange(block)).flatten()
+                for (name, dim), member in layout.items():
+                    channels = member.channels(order)
                     self.tensors[name].copy_(self.tensors[name].index_select(dim, channels))
-                after = logits_of(self.model(**self.inputs))
+                after = self.logits()
             finally:
                 for name, value in saved.items():
                     self.tensors[name].copy_(value)
@@ -91,16 +115,16 @@ class Found:
     silent: set[Dim]  # no gradient, and breaking them disturbs nothing
 
 
-def find_groups(bench: Bench, dims: Sequence[Dim], units: int) -> Found:
-    """Groups among `dims`, each read as `units` blocks of consecutive channels; needs two units.
+def find_groups(bench: Bench, layout: Layout, units: int) -> Found:
+    """Groups among the dimensions of `layout`, each read as its member says; needs two units.
 
     The model's weights are as before on return.
     """
     best: Found | None = None
     for first in range(min(_ATTEMPTS, units // 2)):
-        saved = {name: bench.tensors[name].detach().clone() for name, _ in dims}
+        saved = {name: bench.tensors[name].detach().clone() for name, _ in layout}
         try:
-            found = _with_twins(bench, dims, units, first)
+            found = _with_twins(bench, layout, units, first)
         finally:
             with torch.no_grad():
                 for name, value in saved.items():
@@ -112,15 +136,15 @@ def find_groups(bench: Bench, dims: Sequence[Dim], units: int) -> Found:
     assert best is not None, "a group needs two units"
     # Equal gradients can also be borrowed: a value's bias reads its twin from the next weight's
     # columns. Only a permutation of all units tells.
-    kept = [group for group in best.groups if bench.survives(group, units)]
+    kept = [g for g in best.groups if bench.survives({d: layout[d] for d in g}, units)]
     bound = best.bound.union(*(group for group in best.groups if group not in kept))
     return Found(kept, bound, best.silent)
 
 
-def _with_twins(bench: Bench, dims: Sequence[Dim], units: int, first: int) -> Found:
+def _with_twins(bench: Bench, layout: Layout, units: int, first: int) -> Found:
     # Twins far apart: neighbours may sit in one head, whose channels are interchangeable.
     pair = (first, units - 1 - first)
-    twins = _Twins(bench, dims, units, pair)
+    twins, dims = _Twins(bench, layout, units, pair), list(layout)
     with torch.no_grad():
         for dim in dims:
             twins.equalise(bench.tensors[dim[0]], dim)
@@ -139,7 +163,10 @@ def _with_twins(bench: Bench, dims: Sequence[Dim], units: int, first: int) -> Fo
     silent = set()
     for dim in dims:
         if sizes[dim] <= floor:
-            disturbed = twins.disturbed_by(dim, free)
+            # A statistic of a batch norm goes with its weight: no backward for each of them.
+            weight = (dim[0].rpartition(".")[0] + ".weight", dim[1])
+            with_weight = weight in free and dim[0] not in bench.parameters
+            disturbed = [weight] if with_weight else twins.disturbed_by(dim, free)
             if disturbed:
                 _join(groups, {dim, *disturbed})
             else:
@@ -155,35 +182,33 @@ def _join(groups: list[set[Dim]], new: set[Dim]) -> None:
 
 
 class _Twins:
-    """Two units, as blocks of channels along each of `dims`."""
+    """Two units, wherever they lie along each dimension of a layout."""
 
-    def __init__(
-        self, bench: Bench, dims: Sequence[Dim], units: int, pair: tuple[int, int]
-    ) -> None:
-        self.bench, self.pair = bench, pair
-        self.block = {d: bench.tensors[d[0]].shape[d[1]] // units for d in dims}
+    def __init__(self, bench: Bench, layout: Layout, units: int, pair: tuple[int, int]) -> None:
+        self.bench = bench
+        self.own: dict[Dim, tuple[Tensor, Tensor]] = {}  # each twin's channels, in one order
+        for dim, member in layout.items():
+            first, second = (torch.tensor(_channels(member, units, unit)) for unit in pair)
+            self.own[dim] = first, second
         self.siblings: dict[Dim, list[Dim]] = {
-            d: [e for e in dims if e[0] == d[0] and e != d] for d in dims
+            d: [e for e in layout if e[0] == d[0] and e != d] for d in layout
         }
 
-    def part(self, tensor: Tensor, dim: Dim, which: int) -> Tensor:
-        block = self.block[dim]
-        return tensor.narrow(dim[1], self.pair[which] * block, block)
-
     def equalise(self, tensor: Tensor, dim: Dim) -> None:
-        self.part(tensor, dim, 1).copy_(self.part(tensor, dim, 0))
+        first, second = self.own[dim]
+        tensor.index_copy_(dim[1], second, tensor.index_select(dim[1], first))
 
     def _apart(self, gradient: Tensor, dim: Dim) -> tuple[Tensor, Tensor]:
         """The twins' gradients, without the entries that are twins along another dimension too:
         a symmetry that moves both dimensions says nothing about those entries one by one."""
         for other in self.siblings[dim]:
-            block, size = self.block[other], gradient.shape[other[1]]
-            keep = torch.ones(size, dtype=torch.bool)
-            for unit in self.pair:
-                keep[unit * block : (unit + 1) * block] = False
+            keep = torch.ones(gradient.shape[other[1]], dtype=torch.bool)
+            for channels in self.own[other]:
+                keep[channels] = False
             if keep.any():
                 gradient = gradient.index_select(other[1], keep.nonzero().flatten())
-        return self.part(gradient, dim, 0), self.part(gradient, dim, 1)
+        first, second = self.own[dim]
+        return gradient.index_select(dim[1], first), gradient.index_select(dim[1], second)
 
     def size(self, gradients: Mapping[str, Tensor], dim: Dim) -> float:
         if dim[0] not in gradients:
@@ -198,19 +223,30 @@ class _Twins:
     def disturbed_by(self, dim: Dim, watched: Iterable[Dim]) -> list[Dim]:
         """Those of `watched` whose twins part when the twin along `dim` alone is broken."""
         tensor = self.bench.tensors[dim[0]]
+        _, second = self.own[dim]
         with torch.no_grad():
-            twin = self.part(tensor, dim, 1)
-            saved = twin.clone()
-            noise = self.bench.noise(twin.shape)
+            saved = tensor.index_select(dim[1], second)
             # By a factor and a summand: zeros must move, and a variance must stay positive.
-            scale = 1 + 0.5 * torch.tanh(noise)
+            scale = 1 + 0.5 * torch.tanh(self.bench.noise(saved.shape))
             step = 0.1 * tensor.square().mean().sqrt().clamp_min(1e-3)
-            twin.copy_(twin * scale + step * self.bench.noise(twin.shape).abs())
+            twin = saved * scale + step * self.bench.noise(saved.shape).abs()
             for other in self.siblings[dim]:
                 self.equalise(twin, other)
+            tensor.index_copy_(dim[1], second, twin)
         try:
             after = self.bench.gradients()
         finally:
             with torch.no_grad():
-                twin.copy_(saved)
+                tensor.index_copy_(dim[1], second, saved)
         return [other for other in watched if self.differ(after, other)]
+
+
+def _channels(member: Member, units: int, unit: int) -> list[int]:
+    """The channels of one unit."""
+    found: list[int] = []
+    start = 0
+    for times in member.segments:
+        width = member.block * times
+        found += range(start + unit * width, start + (unit + 1) * width)
+        start += units * width
+    return found
