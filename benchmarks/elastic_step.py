@@ -26,7 +26,8 @@ from torch.func import functional_call
 from transformers import BertConfig
 
 from limbeck.architecture.cut import cut, student_config
-from limbeck.architecture.probe import example_inputs, find_axes
+from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.family import Family, Size
 from limbeck.models import build_classifier, no_dropout

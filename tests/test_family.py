@@ -15,7 +15,8 @@ from transformers import AutoModelForMaskedLM
 
 from limbeck.architecture.axes import Axis, Group, Member
 from limbeck.architecture.cut import build_student, cut, full_shape, student_config
-from limbeck.architecture.probe import example_inputs, find_axes
+from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.probe import find_axes
 from limbeck.elastic import ElasticStep, Sampling
 from limbeck.errors import AxisError
 from limbeck.family import Family

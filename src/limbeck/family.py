@@ -92,7 +92,7 @@ class Family:
         shapes: Mapping[str, Shape], state: Mapping[str, Tensor], *, own_vectors: bool = False,
     ) -> None:  # fmt: skip
         assert shapes and not any("/" in name for name in shapes)
-        self.config, self.build = config, build
+        self.config, self.build, self.teachers_axes = config, build, tuple(axes)
         shapes = {name: _complete(axes, shape) for name, shape in shapes.items()}
         hull = _hull(shapes.values())
         self.axes = tuple(_resized(axis, hull) for axis in axes)
@@ -152,7 +152,8 @@ class Family:
         member = self.sizes[size]
         member.refresh(self.weights)
         with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no luck
-            model = self.build(student_config(self.config, self.axes, member.shape)).eval()
+            config = student_config(self.config, self.teachers_axes, member.shape)
+            model = self.build(config).eval()
         model.load_state_dict(member.model.state_dict())
         return model
 
