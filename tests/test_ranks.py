@@ -1,9 +1,5 @@
 """Two processes under torchrun's variables make the step that one makes; losses live under FSDP."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from limbeck.step import Training
 from limbeck.train import LOG, train
 from test_features import lesson, small
 from test_heads import BOTH, CONFIGS, Rows, Teacher, causal
+from two_ranks import in_two
 
 
 def trained(out: Path, kind: str) -> None:
@@ -76,31 +73,12 @@ def sharded(out: Path) -> None:
         save_file({n: g.contiguous() for n, g in full.items()}, out / f"{ranks.rank}.safetensors")
 
 
-def in_two(call: str, out: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
-        f"import test_ranks as t; t.{call.format('Path(sys.argv[2])')}"
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(out)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(timeout=180) for process in ranks] == [0, 0]
-
-
 @pytest.mark.parametrize("kind", ["features", "dense", "fused"])
 def test_two_ranks_train_to_the_weights_of_one(tmp_path, kind):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     trained(tmp_path / "one", kind)
-    in_two(f"trained({{}}, {kind!r})", tmp_path / "two")
+    in_two(f"import test_ranks as t; t.trained(Path(sys.argv[2]), {kind!r})", tmp_path / "two")
     one = load_file(tmp_path / "one/0.safetensors")
     first, second = (load_file(tmp_path / f"two/{rank}.safetensors") for rank in (0, 1))
     for name, weights in one.items():
@@ -114,7 +92,7 @@ def test_a_fused_loss_inside_a_sharded_model_has_the_gradient_of_the_whole_one(t
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     sharded(tmp_path / "one")
-    in_two("sharded({})", tmp_path / "two")
+    in_two("import test_ranks as t; t.sharded(Path(sys.argv[2]))", tmp_path / "two")
     one = load_file(tmp_path / "one/0.safetensors")
     two = load_file(tmp_path / "two/0.safetensors")
     assert one.keys() == two.keys()

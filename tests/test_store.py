@@ -8,9 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from limbeck.signals.codecs import Dense, Sampled, TopK
 from limbeck.signals.store import open_store
 from limbeck.signals.verify import check_files, leftovers, verify
 from limbeck.types import Batch, Need, Signal
+from two_ranks import in_two
 
 N, CLASSES, LENGTH = 50, 40, 6
 MADE_FROM = {"teacher": {"weights": "t"}, "tokenizer": "w", "data": "d"}
@@ -308,25 +306,12 @@ def test_two_ranks_give_the_bytes_of_one(capture, tmp_path, monkeypatch, cut):
     whole, folder = contents(capture(tmp_path / "whole")), tmp_path / "s"
     if cut:
         cut_behind(capture, folder, monkeypatch, 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     code = (
-        "import sys; from pathlib import Path;"
-        "sys.path.insert(0, sys.argv[1]); import test_store as t;"
-        "t.capturing._SHARD, t.capturing._BATCH = 16, 5;"
+        "import test_store as t; t.capturing._SHARD, t.capturing._BATCH = 16, 5;"
         "t.capturing.capture(t.Mouth(), t.RowsOf(), {Path(sys.argv[2]): t.CODECS['dense']},"
         " made_from=t.MADE_FROM, progress=t.Silent())"
     )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    in_two(code, folder)
     assert contents(folder) == whole
 
 
