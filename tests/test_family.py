@@ -445,9 +445,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_the_log_names_the_sizes(
     last = json.loads((tmp_path / "whole/training.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 12
     assert last["validation"] == (24 + 16 + 16) / 3
-    assert last["validation.large"] == 24
+    assert last["validations"]["large"] == 24
     active = sampling.active([*SHAPES], seed=0, step=11, done=11 / 12)
-    assert last[f"loss.{active[0]}"] == last["loss"] > 0
+    assert last["sizes"][active[0]] == last["loss"] > 0
 
 
 def test_a_plain_model_is_a_family_of_one(teacher):

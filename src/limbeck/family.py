@@ -24,6 +24,7 @@ from limbeck.architecture.axes import (
 )
 from limbeck.architecture.cut import build_student, check_shape, student_config
 from limbeck.architecture.fields import Build
+from limbeck.errors import AxisError
 from limbeck.types import Shape
 
 Region = tuple[slice, ...]
@@ -97,6 +98,7 @@ class Family:
         hull = _hull(shapes.values())
         self.axes = tuple(_resized(axis, hull) for axis in axes)
         names: dict[tuple[object, ...], str] = {}  # of tied entries the first
+        self.first_names: dict[str, str] = {}  # by the teacher's names
         self.weights: dict[str, Tensor] = {}
         self.tables: set[str] = set()  # weights whose gradient comes by rows
         self.sizes: dict[str, Size] = {}
@@ -106,6 +108,7 @@ class Family:
             for name, parameter in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
                 shared = names.setdefault(identity(state[teachers]), teachers)
+                self.first_names[teachers] = shared
                 own = f"{size}/{shared}"
                 if own_vectors and parameter.dim() == 1:
                     self.weights[own] = parameter.detach().clone()
@@ -146,6 +149,60 @@ class Family:
         for name, module in size.model.named_modules():
             if isinstance(module, nn.Embedding) and module.sparse:
                 self.tables.add(size.places[f"{name}.weight"].shared)
+
+    def state(self) -> dict[str, Tensor]:
+        """The shared weights, and each size's own buffers as 'size/name'."""
+        buffers = {
+            f"{size.name}/{name}": buffer
+            for size in self.sizes.values()
+            for name, buffer in size.model.state_dict().items()
+            if name not in size.places and not isinstance(buffer, nn.Parameter)
+        }
+        return self.weights | buffers
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """In place. Raises KeyError for what is missing."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def size_of(self, shape: Shape) -> str | None:
+        """The name of the size that has this shape."""
+        shape = _complete(self.teachers_axes, shape)
+        return next((name for name, size in self.sizes.items() if size.shape == shape), None)
+
+    def cut(self, shape: Shape) -> nn.Module:
+        """A plain model of its own at any shape within the family's, in eval mode: `ffn` and
+        `layers` between two sizes, say.
+
+        Raises AxisError for a shape that the family does not hold, and for models with running
+        statistics, which each size has of its own.
+        """
+        shape = _complete(self.teachers_axes, shape)
+        largest = {axis.name: axis.size for axis in self.axes}
+        for name, size in shape.sizes.items():
+            if size > largest[name]:
+                raise AxisError(
+                    f"shape.{name}", f"{size} was never trained", allowed=f"up to {largest[name]}"
+                )
+        model = self.build(student_config(self.config, self.teachers_axes, shape)).eval()
+        kept = model.state_dict()
+        if any(b.is_floating_point() for name, b in model.named_buffers() if name in kept):
+            raise AxisError(
+                "shape", "this model keeps statistics of what it saw, which a new size lacks",
+                allowed="the sizes that were trained",
+            )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                teachers = _teachers_name(self.teachers_axes, shape, name)
+                shared = self.first_names.get(teachers)
+                if shared is None:
+                    layers = f"shape.layers={list(shape.layers)}"
+                    raise AxisError(layers, f"{teachers} was never trained")
+                weight = self.weights[shared]
+                place = Place(shared, _regions(weight, shared, self.axes, shape))
+                parameter.copy_(place.of(weight))
+        return model
 
     def extract(self, size: str) -> nn.Module:
         """A plain model of its own, with copies of its weights, in eval mode."""
@@ -188,7 +245,9 @@ def _hull(shapes: Iterable[Shape]) -> Shape:
 
 def _resized(axis: Axis, hull: Shape) -> Axis:
     size = hull.sizes.get(axis.name, axis.size)
-    groups = tuple(Group(group.name, size, group.members) for group in axis.groups)
+    groups = tuple(
+        Group(group.name, group.kept(size, axis.size), group.members) for group in axis.groups
+    )
     return replace(axis, size=size, groups=groups)
 
 
@@ -207,7 +266,7 @@ def _regions(
     """What a size keeps of a tensor, and where it lies in the size's own."""
     by_dim: list[list[tuple[slice, slice]]] = [[(slice(0, n),) * 2] for n in tensor.shape]
     places = (
-        (group, member, shape.sizes[axis.name])
+        (group, member, group.kept(shape.sizes[axis.name], axis.size))
         for axis in axes for group in axis.groups for member in group.members
         if member.parameter == name
     )  # fmt: skip
