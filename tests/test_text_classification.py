@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from limbeck.errors import DataError, RecipeError
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
+from limbeck.run import read_json
 from limbeck.tasks import text_classification
 from limbeck.tasks.splits import hold_out
 from limbeck.tasks.tables import Table
@@ -101,8 +102,9 @@ def test_a_test_file_of_its_own_is_all_test_and_what_it_repeats_is_counted(
     (tmp_path / "test.csv").write_text(rows_csv.read_text() + "w98 w98,class 1,g\n")
     task = prepared(test_file=tmp_path / "test.csv", test="unused")
     assert task.rows("test").ids.tolist() == list(range(241))
-    assert task.about["rows"] == {"train": 216, "validation": 24, "test": 241}
-    assert task.about["texts_in_train_and_test"] == 216, "each text is there once"
+    about = read_json(task.folder / "data.json")
+    assert about["rows"] == {"train": 216, "validation": 24, "test": 241}
+    assert about["texts_in_train_and_test"] == 216, "each text is there once"
 
 
 def test_limits_take_a_part_of_the_same_rows(prepared):
