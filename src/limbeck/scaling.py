@@ -119,9 +119,9 @@ def look(
             loss, accuracy = loss_and_accuracy(rows, cut_or_extract(whole, shape))
             found.append(
                 {
-                    "name": whole.size_of(shape), "shape": asdict(shape), "params": candidate.params,
-                    "size_bytes": candidate.size_bytes, "accuracy": accuracy, "loss": loss,
-                    "n": len(rows),
+                    "name": whole.size_of(shape), "shape": asdict(shape),
+                    "params": candidate.params, "size_bytes": candidate.size_bytes,
+                    "accuracy": accuracy, "loss": loss, "n": len(rows),
                 }
             )  # fmt: skip
             bar.advance(1)
