@@ -97,7 +97,9 @@ def prepared(run: Path) -> tuple[Setting, TextClassification]:
         )
         for name, (heads, ffn, layers) in _SHAPES.items()
     }
-    lesson = teaching._lesson(recipe, run / "teacher/hf", run / "signals", run / "data", None)
+    lesson = teaching._lesson(
+        recipe, recipe.students[0], run / "teacher/hf", run / "signals", run / "data", None, None
+    )
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
     state = sort_units(teacher.state_dict(), axes, scores.units)
     setting = Setting(teacher.config, axes, state, shapes, lesson, task.rows("train"))
