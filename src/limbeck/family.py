@@ -82,17 +82,16 @@ class Family:
     """The shared weights by the teacher's names, cut to what the sizes need of them.
 
     `state` are the sorted teacher's weights and buffers; nothing of them is changed. Buffers, such
-    as BatchNorm's statistics, are each size's own. So are its vectors (norms, biases) where
-    `own_vectors` says so, as 'size/name' among the weights.
+    as BatchNorm's statistics, are each size's own.
 
     Raises AxisError for a shape that does not lie on the axes.
     """
 
     def __init__(
         self, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
-        shapes: Mapping[str, Shape], state: Mapping[str, Tensor], *, own_vectors: bool = False,
+        shapes: Mapping[str, Shape], state: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        assert shapes and not any("/" in name for name in shapes)
+        assert shapes
         self.config, self.build, self.teachers_axes = config, build, tuple(axes)
         shapes = {name: _complete(axes, shape) for name, shape in shapes.items()}
         hull = _hull(shapes.values())
@@ -105,15 +104,10 @@ class Family:
         for size, shape in shapes.items():
             model = build_student(config, build, axes, shape, state)  # buffers stay its own
             places = {}
-            for name, parameter in model.named_parameters():
+            for name, _ in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
                 shared = names.setdefault(identity(state[teachers]), teachers)
                 self.first_names[teachers] = shared
-                own = f"{size}/{shared}"
-                if own_vectors and parameter.dim() == 1:
-                    self.weights[own] = parameter.detach().clone()
-                    places[name] = Place(own, (_everything(parameter),))
-                    continue
                 if shared not in self.weights:
                     regions = _regions(state[shared], shared, axes, hull)
                     self.weights[shared] = Place(shared, regions).of(state[shared]).clone()
