@@ -36,7 +36,11 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     ).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
     task, num_rows = outline(recipe, train)
-    config, axes = stages.untuned_axes(recipe, model_folder, task)
+    base_folder = None
+    if recipe.base is not None and recipe.base.model is not None:
+        where = "recipe.base.model"
+        base_folder = fetch(recipe.base.model, where=where, base=base, kind="model").path
+    config, axes = stages.untuned_axes(recipe, model_folder, base_folder, task)
 
     def measure(candidate: Candidate) -> float:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")

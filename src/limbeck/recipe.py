@@ -101,6 +101,24 @@ class TeacherSpec(Spec):
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
 
 
+class BaseSpec(Spec):
+    """Another architecture, or another model of the same, that students are cut from."""
+
+    model: Source | None = None
+    """A pretrained model, as `teacher.model`; text: with the teacher's own tokenizer."""
+    config: dict[str, Any] | None = None
+    """`model_type` and fields of a transformers config: the largest student there could be, with
+    random weights to start from. What the inputs need (`vocab_size`, say) is the teacher's."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("not one base: either `model` or `config`")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` names no architecture: `model_type: bert`, say")
+        return self
+
+
 class BudgetSpec(Spec):
     """Upper limits; a student must keep all that are given."""
 
@@ -188,6 +206,8 @@ class Recipe(Spec):
     """What they learn it from, and what they are measured on."""
     teacher: TeacherSpec
     """The model that you have."""
+    base: BaseSpec | None = None
+    """What students are cut from. Left out: the teacher itself."""
     signals: SignalsSpec = SignalsSpec()
     """How what the teacher says is stored, once for all students."""
     distill: DistillSpec

@@ -18,9 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import axes_from_json
-from limbeck.architecture.cut import sort_units
-from limbeck.architecture.importance import load_importance
 from limbeck.architecture.plan import Candidate, plan_student
 from limbeck.elastic import Sampling
 from limbeck.errors import RunFolderError
@@ -29,12 +26,12 @@ from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import read_json, replaced, write_json
-from limbeck.stages import Planner
+from limbeck.stages import Planner, places_of
 from limbeck.step import Training
 from limbeck.tasks.task import Task, open_task
-from limbeck.teaching import lesson, loss_and_accuracy, validator
+from limbeck.teaching import lesson, loss_and_accuracy, sorted_base, validator
 from limbeck.train import train
-from limbeck.types import Shape, StudentPlan
+from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
 _MOST = 40  # shapes whose quality is looked at for the frontier
@@ -44,12 +41,11 @@ prepare_torch()
 
 
 def teach(
-    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], teacher: Path, survey: Path,
-    signals: Path, data: Path, progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
+) -> None:
     """All trained students in one run; the largest has to come first in `shapes`."""
-    task = open_task(recipe, data)
-    family = _family(task, shapes, teacher, survey)
+    task = open_task(recipe, places.data)
+    family = _family(task, shapes, places)
     specs = {name: recipe.training_of(recipe.student(name)) for name in shapes}
     base = recipe.distill.training
     training = Training(
@@ -58,7 +54,7 @@ def teach(
         seed=recipe.seed,
         title="family",
         validate=validator(task, recipe.seed),
-        **lesson(recipe, None, teacher, signals, data, None, None),
+        **lesson(recipe, None, places),
     )
     sampling = Sampling(
         shares={name: spec.epochs for name, spec in specs.items()},
@@ -70,9 +66,9 @@ def teach(
     write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
 
 
-def load(task: Task, folder: Path, teacher: Path, survey: Path) -> Family:
+def load(task: Task, folder: Path, places: Places) -> Family:
     """What `teach` left in its folder."""
-    family = _family(task, read_shapes(folder), teacher, survey)
+    family = _family(task, read_shapes(folder), places)
     family.load_state(load_file(folder / "family.safetensors"))
     return family
 
@@ -83,33 +79,28 @@ def read_shapes(folder: Path) -> dict[str, Shape]:
     return {name: _shape(shape) for name, shape in found.items()}
 
 
-def _family(task: Task, shapes: Mapping[str, Shape], teacher: Path, survey: Path) -> Family:
-    model = task.load(teacher, where="teacher")
-    axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
-    scores = load_importance(survey / "importance.safetensors")
-    state = sort_units(model.state_dict(), axes, scores.units)
-    return Family(model.config, task.build, axes, shapes, state)
+def _family(task: Task, shapes: Mapping[str, Shape], places: Places) -> Family:
+    config, axes, state = sorted_base(task, places)
+    return Family(config, task.build, axes, shapes, state)
 
 
 def extract(
-    folder: Path, recipe: Recipe, shape: Shape, family: Path, teacher: Path, survey: Path,
-    data: Path,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, shape: Shape, family: Path, places: Places
+) -> None:
     """A student of an elastic run, trained or not, as a plain folder."""
-    task = open_task(recipe, data)
-    model = cut_or_extract(load(task, family, teacher, survey), shape)
-    task.save(cast(PreTrainedModel, model), teacher, folder)
+    task = open_task(recipe, places.data)
+    model = cut_or_extract(load(task, family, places), shape)
+    task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
 def look(
-    folder: Path, recipe: Recipe, family: Path, teacher: Path, survey: Path, data: Path,
-    progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, family: Path, places: Places, progress: Progress
+) -> None:
     """`frontier.json`: the trained sizes and shapes between them, each with its parameters, and its
     accuracy and loss on validation rows."""
-    task = open_task(recipe, data)
-    whole = load(task, family, teacher, survey)
-    planner = Planner(recipe, teacher, survey, data, progress)
+    task = open_task(recipe, places.data)
+    whole = load(task, family, places)
+    planner = Planner(recipe, places, progress)
     rows = task.rows("validation").sample(_FRONTIER_ROWS, seed=recipe.seed)
     found = []
     tried = _between(planner, [*read_shapes(family).values()])
@@ -173,9 +164,9 @@ class LoadedFamily:
                 fix="name one",
             )  # fmt: skip
         recipe, _ = load_recipe(run)
-        teacher, survey, data = run / "teacher/hf", run / "architecture", run / "data"
-        self.family = load(open_task(recipe, data), run / "family", teacher, survey)
-        self._planner = Planner(recipe, teacher, survey, data, Silent())
+        places = places_of(run)
+        self.family = load(open_task(recipe, places.data), run / "family", places)
+        self._planner = Planner(recipe, places, Silent())
         self._frontier = run / "frontier"
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -127,6 +128,17 @@ class Teacher(Protocol):
     def provides(self) -> frozenset[Need]: ...
 
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Folders that a run's students are made from."""
+
+    data: Path  # the task's rows
+    teacher: Path  # a Hugging Face folder
+    signals: Path  # what the teacher said
+    base: Path  # what students are cut from, a Hugging Face folder: the teacher's or another's
+    space: Path  # the base's axes and what of it matters
 
 
 @dataclass(frozen=True, slots=True)
