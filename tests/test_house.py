@@ -10,7 +10,7 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
-    {"recipe", "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses"},
+    {"recipe", "recipe_task", "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses"},
     {"recipe_file"},
     {"run"},
     {"models", "sources", "cache", "archives"},

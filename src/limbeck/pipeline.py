@@ -77,7 +77,7 @@ def distill(
             student.name: still.member(student, plans, ground, features, together, original)
             for student in recipe.students
         }
-        linear = still.linear(data) if recipe.evidence.linear else None
+        linear = still.linear(data) if recipe.linear else None
         report = assemble(
             run, recipe, data, space, original, family, together, frontier, linear
         )

@@ -20,6 +20,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from limbeck.errors import RecipeError
+from limbeck.recipe_task import TaskSpec
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -51,21 +52,17 @@ class Source(Spec):
         return {"anyOf": [text, {**schema}]}
 
 
-class TaskSpec(Spec):
-    kind: Literal["text-classification"]
-    """What the models are for."""
-    max_tokens: int = Field(128, ge=4, le=8192)
-    """Inputs are cut to this many tokens, special tokens included."""
-
-
 class DataSpec(Spec):
     train: Source
-    """CSV, TSV (`.tsv`, `.tab`), JSON lines, Parquet, a folder (one subfolder of `.txt` files per
-    label) or a hub data set."""
+    """Text: CSV, TSV (`.tsv`, `.tab`), JSON lines, Parquet, a folder (one subfolder of `.txt` files
+    per label) or a hub data set. Images: Parquet, a folder (one subfolder of images per label, or
+    IDX files as MNIST has them) or a hub data set."""
     test: Source | None = None
     """Held-out data; without it, `test_fraction` of the training data is held out."""
     text: str = "text"
     """Column of the input text."""
+    image: str = "image"
+    """Column of the encoded image: its bytes, or as a hub data set has them."""
     label: str = "label"
     """Column of the hard label."""
     group: str | None = None
@@ -89,16 +86,30 @@ class DataSpec(Spec):
             raise ValueError("no held-out data: either `test` or `test_fraction`")
         if self.test is not None and self.test_fraction is not None:
             raise ValueError("`test_fraction` has no effect beside `test`: either of them")
-        if self.text == self.label:
-            raise ValueError(f"`text` and `label` are both {self.text!r}: two columns")
+        for name in ("text", "image"):
+            if getattr(self, name) == self.label:
+                raise ValueError(f"`{name}` and `label` are both {self.label!r}: two columns")
         return self
 
 
 class TeacherSpec(Spec):
-    model: Source
+    model: Source | None = None
     """A model folder or hub id that transformers' Auto classes load."""
+    config: dict[str, Any] | None = None
+    """Instead of a model: `model_type` and fields of a transformers config. It starts from random
+    weights, and `tune` teaches it all it knows."""
     tune: TrainingSpec | None = None
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("not one teacher: either `model` or `config`")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` names no architecture: `model_type: resnet`, say")
+        if self.config is not None and self.tune is None:
+            raise ValueError("`config` alone knows nothing: add `tune`")
+        return self
 
 
 class BaseSpec(Spec):
@@ -127,7 +138,7 @@ class BudgetSpec(Spec):
     size_mb: float | None = Field(None, gt=0)
     """The primary format's file on disk, 10^6 bytes."""
     latency_ms: float | None = Field(None, gt=0)
-    """Median of one batch-1 call of the primary format, `task.max_tokens` tokens."""
+    """Median of one batch-1 call of the primary format, with an input of the largest size."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -157,8 +168,9 @@ class EvidenceSpec(Spec):
     dedicated: tuple[Name, ...] = ()
     """Of an elastic run: these students also alone, from the same start, with the same loss and as
     many steps as the run spent on them."""
-    linear: bool = True
-    """Also fit a linear model on TF-IDF of the same tokens, tuned on the validation rows."""
+    linear: bool | None = None
+    """Also fit a linear model on TF-IDF of the same tokens, tuned on the validation rows. Default:
+    where there are tokens."""
 
 
 class ExportSpec(Spec):
@@ -251,6 +263,29 @@ class Recipe(Spec):
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        task = self.task
+        for name in task.idle_data:
+            if getattr(self.data, name) != DataSpec.model_fields[name].default:
+                raise ValueError(f"`data.{name}` has no effect for {task.kind}: leave it out")
+        if task.has_tokens:
+            if self.teacher.config is not None:
+                raise ValueError("`teacher.config` brings no tokenizer: `teacher.model`; `base` "
+                                 "takes a config for students")  # fmt: skip
+            return self
+        if self.evidence.linear:
+            raise ValueError("`evidence.linear` is a model on words, and images have none: null")
+        for name in ("hidden", "embedding"):
+            if getattr(self.distill, name) is not None:
+                raise ValueError(f"`distill.{name}` is for tokens, and images have none: null")
+        return self
+
+    @property
+    def linear(self) -> bool:
+        """Whether a linear model is fitted too."""
+        return self.task.has_tokens if self.evidence.linear is None else self.evidence.linear
 
     def _check_elastic(self) -> None:
         distill, cut = self.distill, [s for s in self.students if not s.trained]

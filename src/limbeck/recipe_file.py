@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from limbeck.errors import RecipeError
 from limbeck.recipe import Recipe, Source
+from limbeck.recipe_task import KINDS, TASKS
 
 BUILT_IN = Path(__file__).parent / "recipes"
 _MAX_BYTES = 1_000_000  # a recipe is some hundred lines
@@ -244,8 +245,15 @@ def _explain(error: ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     steps: list[str | int] = list(first["loc"])
     where, found = _path(steps), _show(first["input"])
-    change = f"change it in the recipe, or with --set {'.'.join(map(str, steps))}=VALUE"
+    typed = ".".join(str(step) for step in steps if step not in KINDS)
+    change = f"change it in the recipe, or with --set {typed}=VALUE"
     match first["type"]:
+        case "union_tag_invalid" | "union_tag_not_found":
+            tag = first["ctx"].get("tag")
+            return RecipeError(
+                f"{where}.kind", "missing" if tag is None else f"{_show(tag)} is not allowed",
+                allowed=", ".join(KINDS), fix="name one of them",
+            )  # fmt: skip
         case "extra_forbidden":
             known = _settings_at(steps[:-1])
             close = difflib.get_close_matches(str(steps[-1]), known, 1)
@@ -286,6 +294,9 @@ def _model_at(steps: Sequence[str | int]) -> type[BaseModel]:
     for step in steps:
         if isinstance(step, int):
             continue
+        if step in KINDS:  # pydantic says which of the tasks it took
+            model = TASKS[KINDS.index(step)]
+            continue
         annotation = model.model_fields[step].annotation
         candidates = [annotation, *get_args(annotation)]
         candidates += [inner for outer in candidates for inner in get_args(outer)]
@@ -296,6 +307,8 @@ def _model_at(steps: Sequence[str | int]) -> type[BaseModel]:
 def _path(steps: Sequence[str | int]) -> str:
     text = "recipe"
     for step in steps:
+        if step in KINDS:
+            continue
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
     return text
 

@@ -1,0 +1,101 @@
+"""Settings of a recipe that say what the models do. `recipe` has the rest. No import of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from limbeck.recipe_teaching import Spec
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=10)]
+
+
+class TextTask(Spec):
+    """Texts into classes."""
+
+    idle_data: ClassVar[tuple[str, ...]] = ("image",)  # settings of `data` without an effect
+    has_tokens: ClassVar[bool] = True
+
+    kind: Literal["text-classification"]
+    """What the models are for."""
+    max_tokens: int = Field(128, ge=4, le=8192)
+    """Inputs are cut to this many tokens, special tokens included."""
+
+
+class AugmentSpec(Spec):
+    """Further views of each training image: teacher and students see the very same ones."""
+
+    flip: bool = False
+    """Mirror left and right, half of the time."""
+    shift: int = Field(0, ge=0, le=512)
+    """Move by up to this many pixels each way; what comes in is black."""
+    views: int = Field(8, ge=2, le=256)
+    """Of each image; the first is the image as it is. Each epoch takes the next, and after the
+    last the first again. The teacher is asked about each once: signals take this times the room."""
+
+    @model_validator(mode="after")
+    def _draws_something(self) -> Self:
+        if not self.flip and not self.shift:
+            raise ValueError("`augment` draws nothing: `flip`, `shift` or both; or leave it out")
+        return self
+
+
+class ImageTask(Spec):
+    """Images into classes."""
+
+    idle_data: ClassVar[tuple[str, ...]] = ("text", "columns", "skip_rows")
+    has_tokens: ClassVar[bool] = False
+
+    kind: Literal["image-classification"]
+    """What the models are for."""
+    size: int = Field(ge=4, le=2048)
+    """Pixels: images become `size` x `size`."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """`crop`: the shorter side becomes `size`, and the middle is kept; `stretch`: both sides."""
+    channels: Literal["grey", "rgb"] = "rgb"
+    """What an image consists of."""
+    mean: tuple[Share, ...] | None = None
+    """Of each channel, black 0 and white 1; it is subtracted. Default: 0.5."""
+    std: tuple[Spread, ...] | None = None
+    """Of each channel; it is divided by. Default: 0.5."""
+    augment: AugmentSpec | None = None
+    """Random changes of the training images. Default: none."""
+    convert: bool = False
+    """Also take images of other channels (grey among colour, palettes, transparency), and convert
+    them; the report says how many."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What to do about an image that is damaged: stop, or go on without it and say so in the
+    report."""
+
+    @property
+    def num_channels(self) -> int:
+        return 1 if self.channels == "grey" else 3
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> Self:
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.num_channels:
+                raise ValueError(
+                    f"`{name}` has {len(given)} values: {self.num_channels}, one for each channel "
+                    f"of {self.channels}"
+                )
+        if self.augment is not None and self.augment.shift >= self.size:
+            raise ValueError(f"`augment.shift` moves the image out of sight: below {self.size}")
+        return self
+
+
+TASKS = (TextTask, ImageTask)
+KINDS = tuple(task.model_fields["kind"].annotation.__args__[0] for task in TASKS)  # type: ignore[union-attr]
+
+
+def _kind(value: Any) -> str | None:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+# By a function, not by the field's name: `Spec` looks at fields first, which pydantic then forbids.
+TaskSpec = Annotated[
+    Annotated[TextTask, Tag(KINDS[0])] | Annotated[ImageTask, Tag(KINDS[1])], Discriminator(_kind)
+]
