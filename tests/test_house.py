@@ -10,7 +10,10 @@ import limbeck
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
-    {"recipe", "recipe_task", "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses"},
+    {
+        "recipe", "recipe_task", "recipe_teaching", "types", "progress", "_startup", "cores",
+        "ranks", "losses",
+    },
     {"recipe_file"},
     {"run"},
     {"models", "sources", "cache", "archives"},
@@ -22,7 +25,10 @@ LAYERS = (
         "energy", "linear", "report",
     },
     {"family", "shared_adamw"},
-    {"tasks", "step", "elastic", "train", "export", "measure", "runtime", "runtime_worker"},
+    {
+        "tasks", "step", "statistics", "elastic", "train", "export", "measure", "runtime",
+        "runtime_worker",
+    },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"lazily"},
     {"members"},

@@ -22,7 +22,7 @@ def space(format: str = "hf") -> tuple[Candidate, ...]:
     with torch.device("meta"):
         model = build(bert_config())
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return tuple(candidates(shapes, bert_axes(), format))
+    return tuple(candidates(shapes, bert_axes(), format, (250_000, 20_000)))
 
 
 def never(candidate: Candidate) -> float:

@@ -79,6 +79,19 @@ def cache_entries() -> list[Fetched]:
     return sorted(entries, key=lambda entry: entry.uri)
 
 
+def config_folder(config: Mapping[str, Any]) -> Fetched:
+    """A folder whose config.json is that, for a model that has no weights yet."""
+    text = json.dumps(config, indent=1, sort_keys=True)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    folder = cache_folder() / "config" / sha256
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dict(config))
+    return Fetched(
+        uri=f"{config['model_type']}, from a config", path=folder, sha256=sha256,
+        size_bytes=len(text), origin="config", licence=None, fetched=today(),
+    )  # fmt: skip
+
+
 def verify(fetched: Fetched) -> None:
     """Read all of it again. Raises DamagedError if a byte differs from when it was fetched."""
     local = fetched.origin == "local"

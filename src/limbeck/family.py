@@ -8,7 +8,7 @@ what one size learns the others have. A dedicated student is a family of one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,11 +18,11 @@ from transformers import PretrainedConfig
 from limbeck.architecture.axes import (
     Axis,
     Group,
-    find_axis,
     identity,
     layer_of,
+    stacks,
 )
-from limbeck.architecture.cut import build_student, check_shape, student_config
+from limbeck.architecture.cut import build_student, check_shape, kept_layers, student_config
 from limbeck.architecture.fields import Build
 from limbeck.errors import AxisError
 from limbeck.types import Shape
@@ -165,12 +165,14 @@ class Family:
         shape = _complete(self.teachers_axes, shape)
         return next((name for name, size in self.sizes.items() if size.shape == shape), None)
 
-    def cut(self, shape: Shape) -> nn.Module:
+    def cut(
+        self, shape: Shape, *, settle: Callable[[nn.Module], None] | None = None
+    ) -> nn.Module:
         """A plain model of its own at any shape within the family's, in eval mode: `ffn` and
-        `layers` between two sizes, say.
+        `layers` between two sizes, say. `settle` measures its running statistics.
 
-        Raises AxisError for a shape that the family does not hold, and for models with running
-        statistics, which each size has of its own.
+        Raises AxisError for a shape that the family does not hold, and without `settle` for models
+        with running statistics, which each size has of its own.
         """
         shape = _complete(self.teachers_axes, shape)
         largest = {axis.name: axis.size for axis in self.axes}
@@ -181,7 +183,8 @@ class Family:
                 )
         model = self.build(student_config(self.config, self.teachers_axes, shape)).eval()
         kept = model.state_dict()
-        if any(b.is_floating_point() for name, b in model.named_buffers() if name in kept):
+        states = any(b.is_floating_point() for n, b in model.named_buffers() if n in kept)
+        if states and settle is None:
             raise AxisError(
                 "shape", "this model keeps statistics of what it saw, which a new size lacks",
                 allowed="the sizes that were trained",
@@ -196,6 +199,8 @@ class Family:
                 weight = self.weights[shared]
                 place = Place(shared, _regions(weight, shared, self.axes, shape))
                 parameter.copy_(place.of(weight))
+        if settle is not None:
+            settle(model)
         return model
 
     def extract(self, size: str) -> nn.Module:
@@ -223,18 +228,23 @@ def _complete(axes: Sequence[Axis], shape: Shape) -> Shape:
     """Every axis named."""
     check_shape(axes, shape)
     sizes = {axis.name: shape.sizes.get(axis.name, axis.size) for axis in axes if axis.groups}
-    return Shape(sizes, shape.layers)
+    return Shape(sizes, shape.layers, {
+        axis.name: kept_layers(axis, shape) for axis in stacks(axes) if axis.name != "layers"
+    })  # fmt: skip
 
 
 def _hull(shapes: Iterable[Shape]) -> Shape:
     """The least shape that holds all of these."""
     sizes: dict[str, int] = {}
     layers: set[int] = set()
+    kept: dict[str, set[int]] = {}
     for shape in shapes:
         layers |= {*shape.layers}
+        for name, own in shape.stacks.items():
+            kept.setdefault(name, set()).update(own)
         for name, size in shape.sizes.items():
             sizes[name] = max(size, sizes.get(name, 0))
-    return Shape(sizes, tuple(sorted(layers)))
+    return Shape(sizes, tuple(sorted(layers)), {n: tuple(sorted(k)) for n, k in kept.items()})
 
 
 def _resized(axis: Axis, hull: Shape) -> Axis:
@@ -247,11 +257,10 @@ def _resized(axis: Axis, hull: Shape) -> Axis:
 
 def _teachers_name(axes: Sequence[Axis], shape: Shape, name: str) -> str:
     """The name before `cut` renumbered the layers."""
-    layers = find_axis(axes, "layers")
-    place = layer_of(layers.pattern, name) if layers else None
-    if layers is None or place is None:
-        return name
-    return f"{layers.pattern.format(shape.layers[place[0]])}.{place[1]}"
+    for axis in stacks(axes):
+        if place := layer_of(axis.pattern, name):
+            return f"{axis.pattern.format(kept_layers(axis, shape)[place[0]])}.{place[1]}"
+    return name
 
 
 def _regions(

@@ -68,7 +68,7 @@ def assemble(
         recipe=recipe.model_dump(mode="json"),
         environment=environment(),
         teacher=TeacherEntry(
-            name=recipe.teacher.model.uri.rstrip("/").removesuffix("/model").rpartition("/")[2],
+            name=_teacher_name(recipe),
             params=teacher.measured.json("measurement.json")["params"],
             primary=teacher.primary,
             artifacts=_artifacts(run, teacher),
@@ -82,6 +82,13 @@ def assemble(
         layer_importance=tuple(survey["layer_importance"]) or None,
         warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )
+
+
+def _teacher_name(recipe: Recipe) -> str:
+    if recipe.teacher.model is None:
+        assert recipe.teacher.config is not None
+        return str(recipe.teacher.config["model_type"])
+    return recipe.teacher.model.uri.rstrip("/").removesuffix("/model").rpartition("/")[2]
 
 
 def vars_of(record: Any) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         params=found["params"],
         primary=member.primary,
         artifacts=artifacts,
-        shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
+        shape=_shape(plan["shape"]),
         reason=plan["reason"] + _temperature(member.tried) + _layers(member),
         budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
         retention=Retention.model_validate(compared["retention"])
@@ -138,6 +145,12 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )
+
+
+def _shape(shape: Mapping[str, Any]) -> ShapeEntry:
+    """Of several stacks of layers only how many each has: which ones, the config does not say."""
+    stacks = {name: len(kept) for name, kept in shape["stacks"].items()}
+    return ShapeEntry.of({**shape["sizes"], **stacks}, tuple(shape["layers"]))
 
 
 def _artifacts(run: Run, member: Member) -> tuple[Artifact, ...]:
@@ -189,7 +202,7 @@ def _frontier(made: Made | None, family: Mapping[str, Member]) -> tuple[Frontier
         FrontierPoint(
             name=names.get(json.dumps(entry["shape"], sort_keys=True)),
             trained=entry["name"] is not None,
-            shape=ShapeEntry.of(entry["shape"]["sizes"], tuple(entry["shape"]["layers"])),
+            shape=_shape(entry["shape"]),
             params=entry["params"], size_mb=entry["size_bytes"] / 1e6, quality=entry["accuracy"],
             loss=entry["loss"], n=entry["n"],
         )
@@ -231,8 +244,7 @@ def _warnings(
             f"Without baselines, so nothing says whether the teacher helped them: "
             f"{', '.join(bare)} (evidence.baselines: all trains them)."
         )
-    if shared := about["texts_in_train_and_test"]:
-        found.append(f"{shared} texts of the test rows stand word for word in the training rows.")
+    found += about["warnings"]
     refused = [f"{a['name']} ({a['reason']})" for a in survey["axes"] if not a["proved"]]
     if refused:
         found.append(f"Axes that are not cut: {'; '.join(refused)}.")

@@ -28,22 +28,27 @@ _DECODERS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 _ENCODERS = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
+def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConfig:
+    """Of whatever model. Raises SourceError where transformers does not know it."""
+    if not (folder / "config.json").is_file():
+        found = f"there is no config.json in {folder}" if folder.is_dir() else f"{folder} is a file"
+        raise SourceError(where, found, allowed=allowed, fix="name a model's folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each architecture has its own
+        raise SourceError(
+            where, f"{folder}/config.json does not load: {_first_line(error)}", allowed=allowed,
+            fix="mend it, or fetch the model again",
+        ) from error  # fmt: skip
+
+
 def read_config(folder: Path, *, where: str) -> PretrainedConfig:
     """The folder's config.
 
     Raises SourceError unless it is that of a text model which transformers' Auto classes load as a
     classifier.
     """
-    if not (folder / "config.json").is_file():
-        found = f"there is no config.json in {folder}" if folder.is_dir() else f"{folder} is a file"
-        raise SourceError(where, found, allowed=_ALLOWED, fix="name a model's folder")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each architecture has its own
-        raise SourceError(
-            where, f"{folder}/config.json does not load: {_first_line(error)}", allowed=_ALLOWED,
-            fix="mend it, or fetch the model again",
-        ) from error  # fmt: skip
+    config = read_any_config(folder, where=where, allowed=_ALLOWED)
     kind, classes = config.model_type, config.architectures or []
     if kind not in _CLASSIFIERS:
         raise SourceError(
@@ -98,8 +103,21 @@ def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTr
     """
     config = read_config(folder, where=where)
     label_config(config, labels)
+    return load_as(
+        AutoModelForSequenceClassification, folder, config, where=where, allowed=_ALLOWED
+    )
+
+
+def load_as(
+    auto: Any, folder: Path, config: PretrainedConfig, *, where: str, allowed: str
+) -> PreTrainedModel:
+    """The folder's weights in the Auto class's model of this config; a head that is not there
+    starts random.
+
+    Raises SourceError where they do not load, or not all of the body's are there.
+    """
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
             config=config,
             trust_remote_code=False,
@@ -110,7 +128,7 @@ def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTr
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SourceError(
-            where, f"{folder} does not load: {_first_line(error)}", allowed=_ALLOWED,
+            where, f"{folder} does not load: {_first_line(error)}", allowed=allowed,
             fix="fetch or save the model again",
         ) from error  # fmt: skip
     # transformers only warns, and goes on with random weights
@@ -123,7 +141,8 @@ def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTr
             allowed="weights and config.json of the same model",
             fix="fetch or save the model again",
         )  # fmt: skip
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def auto_class(config: PretrainedConfig, *, where: str) -> type[Any]:

@@ -8,13 +8,13 @@ What the stages do (and with it torch) is imported only when one really runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import Fetched
+from limbeck.cache import Fetched, config_folder
 from limbeck.energy import CodecarbonMeter
 from limbeck.errors import RecipeError
 from limbeck.findings import Member, assemble, write_cards
@@ -120,11 +120,20 @@ def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
     get = partial(fetch, base=base, progress=show)
     data, base_model = recipe.data, recipe.base.model if recipe.base else None
     return Sources(
-        model=get(recipe.teacher.model, where="recipe.teacher.model", kind="model"),
+        model=fetch_teacher(recipe, get),
         train=get(data.train, where="recipe.data.train", kind="data"),
         test=get(data.test, where="recipe.data.test", kind="data") if data.test else None,
         base=get(base_model, where="recipe.base.model", kind="model") if base_model else None,
     )
+
+
+def fetch_teacher(recipe: Recipe, get: Callable[..., Fetched]) -> Fetched:
+    """Its folder; of one that is only a config so far, a folder with that."""
+    spec = recipe.teacher
+    if spec.model is not None:
+        return get(spec.model, where="recipe.teacher.model", kind="model")
+    assert spec.config is not None  # the recipe checked it
+    return config_folder(spec.config)
 
 
 @dataclass
@@ -174,7 +183,7 @@ class _Still:
     def codec(self, data: Made) -> dict[str, Any]:
         """Its settings, the temperature among them only where it has to know it."""
         recipe, about = self.recipe, data.json("data.json")
-        num_rows = about["rows"]["train"]
+        num_rows = about["rows"]["train"] * about.get("views", 1)
         settings = codec_settings(
             recipe.signals, temperature=recipe.distill.temperature.fixed,
             vocab_size=len(about["labels"]), rows=num_rows, positions=num_rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from limbeck import stages
 from limbeck.architecture.cut import any_layers
-from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
+from limbeck.architecture.plan import Candidate, LatencyModel, plan_student, shape_of
 from limbeck.cores import cores, on_each
+from limbeck.pipeline import fetch_teacher
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
@@ -22,7 +24,7 @@ from limbeck.signals.choose import codec_settings, described, reason, store_byte
 from limbeck.signals.codecs import bytes_per_position, logit_codec
 from limbeck.sources import fetch
 from limbeck.tasks.task import Task, outline
-from limbeck.types import Plan, Shape, SignalsCost
+from limbeck.types import Plan, SignalsCost
 
 _BATCH = 32
 
@@ -31,9 +33,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     """Layers are only counted: which ones are kept is known when the teacher is tuned."""
     progress = progress or Silent()
     recipe = rebase(recipe, base)
-    model_folder = fetch(
-        recipe.teacher.model, where="recipe.teacher.model", base=base, kind="model"
-    ).path
+    model_folder = fetch_teacher(recipe, partial(fetch, base=base)).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
     task, num_rows = outline(recipe, train)
     base_folder = None
@@ -44,7 +44,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
 
     def measure(candidate: Candidate) -> float:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
-        shape = Shape(candidate.sizes, any_layers(axes, candidate.num_layers))
+        shape = shape_of(candidate, axes, spread)
         return stages.time_shape(recipe, task, config, axes, shape)
 
     def spread(count: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         plan_student(s, f"recipe.students.{s.name}.budget", space, axes, spread, latency)
         for s in recipe.students
     )
-    rows = _training_rows(recipe, num_rows)
+    rows = _training_rows(recipe, num_rows, recipe.task.num_views)
     sizes = {"vocab_size": len(task.labels), "rows": rows, "positions": rows}
     settings = codec_settings(
         recipe.signals, temperature=recipe.distill.temperature.fixed, **sizes
@@ -69,11 +69,12 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     )
 
 
-def _training_rows(recipe: Recipe, num_rows: int) -> int:
+def _training_rows(recipe: Recipe, num_rows: int, num_views: int) -> int:
     """What the splits will leave; groups that stay together may change it by some."""
     data = recipe.data
     left = num_rows * (1 - (data.test_fraction or 0)) * (1 - data.validation_fraction)
-    return min(int(left), data.max_train_rows or num_rows)
+    rows = min(int(left), data.max_train_rows or num_rows)
+    return rows * num_views
 
 
 def _signal_costs(

@@ -65,6 +65,8 @@ class DataSpec(Spec):
     """Column of the encoded image: its bytes, or as a hub data set has them."""
     label: str = "label"
     """Column of the hard label."""
+    label_names: tuple[str, ...] | None = None
+    """Names of labels that are numbers: of 0, 1, ... in this order."""
     group: str | None = None
     """Column whose equal values never part: rows with the same value stay in the same split."""
     columns: tuple[str, ...] | None = None
@@ -86,6 +88,8 @@ class DataSpec(Spec):
             raise ValueError("no held-out data: either `test` or `test_fraction`")
         if self.test is not None and self.test_fraction is not None:
             raise ValueError("`test_fraction` has no effect beside `test`: either of them")
+        if self.label_names is not None and len({*self.label_names}) < len(self.label_names):
+            raise ValueError("`label_names` has a name twice: each of them once")
         for name in ("text", "image"):
             if getattr(self, name) == self.label:
                 raise ValueError(f"`{name}` and `label` are both {self.label!r}: two columns")

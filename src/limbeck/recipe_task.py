@@ -17,6 +17,7 @@ class TextTask(Spec):
 
     idle_data: ClassVar[tuple[str, ...]] = ("image",)  # settings of `data` without an effect
     has_tokens: ClassVar[bool] = True
+    num_views: ClassVar[int] = 1
 
     kind: Literal["text-classification"]
     """What the models are for."""
@@ -72,6 +73,10 @@ class ImageTask(Spec):
     @property
     def num_channels(self) -> int:
         return 1 if self.channels == "grey" else 3
+
+    @property
+    def num_views(self) -> int:
+        return self.augment.views if self.augment else 1
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> Self:

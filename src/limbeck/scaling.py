@@ -8,8 +8,9 @@ with `ffn` and `layers` anywhere from that size's down to those of the next smal
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck._startup import prepare_torch
-from limbeck.architecture.plan import Candidate, plan_student
+from limbeck.architecture.plan import Candidate, plan_student, shape_of
 from limbeck.elastic import Sampling
 from limbeck.errors import RunFolderError
 from limbeck.family import Family
@@ -27,6 +28,7 @@ from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import read_json, replaced, write_json
 from limbeck.stages import Planner, places_of
+from limbeck.statistics import measure_statistics
 from limbeck.step import Training
 from limbeck.tasks.task import Task, open_task
 from limbeck.teaching import lesson, loss_and_accuracy, sorted_base, validator
@@ -76,7 +78,7 @@ def load(task: Task, folder: Path, places: Places) -> Family:
 def read_shapes(folder: Path) -> dict[str, Shape]:
     """The trained sizes, the largest first."""
     found = read_json(folder / "family.json")
-    return {name: _shape(shape) for name, shape in found.items()}
+    return {name: Shape.of(shape) for name, shape in found.items()}
 
 
 def _family(task: Task, shapes: Mapping[str, Shape], places: Places) -> Family:
@@ -89,7 +91,7 @@ def extract(
 ) -> None:
     """A student of an elastic run, trained or not, as a plain folder."""
     task = open_task(recipe, places.data)
-    model = cut_or_extract(load(task, family, places), shape)
+    model = cut_or_extract(load(task, family, places), shape, settler(task, recipe.seed))
     task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
@@ -102,12 +104,13 @@ def look(
     whole = load(task, family, places)
     planner = Planner(recipe, places, progress)
     rows = task.rows("validation").sample(_FRONTIER_ROWS, seed=recipe.seed)
+    settle = settler(task, recipe.seed)
     found = []
     tried = _between(planner, [*read_shapes(family).values()])
     with progress.bar("frontier", len(tried), "shapes") as bar:
         for candidate in tried:
-            shape = Shape(dict(candidate.sizes), planner.layers_of(candidate.num_layers))
-            loss, accuracy = loss_and_accuracy(rows, cut_or_extract(whole, shape))
+            shape = shape_of(candidate, planner.axes, planner.layers_of)
+            loss, accuracy = loss_and_accuracy(rows, cut_or_extract(whole, shape, settle))
             found.append(
                 {
                     "name": whole.size_of(shape), "shape": asdict(shape),
@@ -137,7 +140,7 @@ def _choose(
     student: StudentSpec, planner: Planner, frontier: Path
 ) -> tuple[StudentPlan, dict[str, Any], int]:
     """The plan, what the frontier says of its shape, and how many shapes there were."""
-    seen = {_key(_shape(e["shape"])): e for e in read_json(frontier / FRONTIER)}
+    seen = {_key(Shape.of(e["shape"])): e for e in read_json(frontier / FRONTIER)}
     space = [c for c in planner.space if _candidate_key(c) in seen]
     plan = plan_student(
         student, f"recipe.students.{student.name}.budget", space, planner.axes, planner.layers_of,
@@ -146,10 +149,18 @@ def _choose(
     return plan, seen[_key(plan.shape)], len(space)
 
 
-def cut_or_extract(family: Family, shape: Shape) -> nn.Module:
+Settle = Callable[[nn.Module], None]
+
+
+def settler(task: Task, seed: int) -> Settle:
+    """Measures a model's running statistics, where it has any, as `train` does."""
+    return partial(measure_statistics, rows=task.rows("train"), seed=seed)
+
+
+def cut_or_extract(family: Family, shape: Shape, settle: Settle) -> nn.Module:
     """A trained size as it is, any other cut."""
     name = family.size_of(shape)
-    return family.extract(name) if name else family.cut(shape)
+    return family.extract(name) if name else family.cut(shape, settle=settle)
 
 
 class LoadedFamily:
@@ -168,6 +179,7 @@ class LoadedFamily:
         self.family = load(open_task(recipe, places.data), run / "family", places)
         self._planner = Planner(recipe, places, Silent())
         self._frontier = run / "frontier"
+        self._settle = settler(self._planner.task, recipe.seed)
 
     @property
     def sizes(self) -> dict[str, Shape]:
@@ -183,7 +195,7 @@ class LoadedFamily:
         budget = {"params": _count(params), "size_mb": size_mb, "latency_ms": latency_ms}
         student = StudentSpec.model_validate({"name": "cut", "budget": budget, "trained": False})
         shape = _choose(student, self._planner, self._frontier)[0].shape
-        return cut_or_extract(self.family, shape)
+        return cut_or_extract(self.family, shape, self._settle)
 
 
 def _count(value: int | str | None) -> int | None:
@@ -202,7 +214,7 @@ def _between(planner: Planner, shapes: Sequence[Shape]) -> list[Candidate]:
     between: dict[str, Candidate] = {}
     for larger, smaller in itertools.pairwise([*shapes, shapes[-1]]):
         widths = sorted((smaller.sizes.get("ffn", 0), larger.sizes.get("ffn", 0)))
-        depths = sorted((len(smaller.layers), len(larger.layers)))
+        depths = sorted((_depth(smaller), _depth(larger)))
         fixed = {name: size for name, size in larger.sizes.items() if name != "ffn"}
         for candidate in planner.space:
             sizes = dict(candidate.sizes)
@@ -221,13 +233,15 @@ def _between(planner: Planner, shapes: Sequence[Shape]) -> list[Candidate]:
     return sorted([*own, *others[:: max(1, step)]], key=lambda c: -c.params)
 
 
-def _shape(data: Mapping[str, Any]) -> Shape:
-    return Shape(data["sizes"], tuple(data["layers"]))
+def _depth(shape: Shape) -> int:
+    return len(shape.layers) + sum(len(kept) for kept in shape.stacks.values())
 
 
 def _key(shape: Shape) -> tuple[Any, ...]:
-    return tuple(sorted(shape.sizes.items())), len(shape.layers)
+    depths = sorted((name, len(kept)) for name, kept in shape.stacks.items())
+    return tuple(sorted(shape.sizes.items())), len(shape.layers), tuple(depths)
 
 
 def _candidate_key(candidate: Candidate) -> tuple[Any, ...]:
-    return tuple(sorted(candidate.sizes.items())), candidate.num_layers
+    depths = tuple(sorted(candidate.stacks.items()))
+    return tuple(sorted(candidate.sizes.items())), 0 if depths else candidate.num_layers, depths

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from limbeck.architecture.plan import (
     LatencyModel,
     candidates,
     plan_student,
+    shape_of,
     within_budget,
 )
 from limbeck.architecture.probe import find_axes
@@ -48,7 +50,7 @@ from limbeck.signals.codecs import logit_codec
 from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
-from limbeck.tasks.task import Task, open_task
+from limbeck.tasks.task import AllViews, Task, open_task
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.teaching import read_axes, signal_origins, validator
@@ -66,7 +68,11 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
     torch.manual_seed(recipe.seed)  # the new head
     if recipe.teacher.tune is None:
         _require_head(model, task)
-    classifier = task.load(model, where="recipe.teacher.model")
+    if recipe.teacher.config is None:
+        classifier = task.load(model, where="recipe.teacher.model")
+    else:
+        config = task.read_config(model, where="recipe.teacher.config")
+        classifier = cast(PreTrainedModel, task.build(config))
     if recipe.teacher.tune is not None:
         training = Training(
             rows=task.rows("train"),
@@ -100,7 +106,7 @@ def capture(
 ) -> None:  # fmt: skip
     """What the teacher says about every training row, by the codec of these settings."""
     task = open_task(recipe, data)
-    rows = task.rows("train")
+    rows = AllViews(task.rows("train"))
     sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
     signal_capture.capture(
@@ -122,7 +128,8 @@ def verify_signals(run: Path, num_rows: int) -> Verification:
     task = open_task(recipe, data)
     open_store(run / "signals", made_from=signal_origins(task, teacher, data))
     return verify(
-        run / "signals", live_teacher(teacher, task), task.rows("train"), num_rows=num_rows
+        run / "signals", live_teacher(teacher, task), AllViews(task.rows("train")),
+        num_rows=num_rows,
     )
 
 
@@ -258,7 +265,7 @@ class Planner:
         ]
 
     def _time(self, candidate: Candidate) -> float:
-        shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
+        shape = shape_of(candidate, self.axes, partial(any_layers, self.axes))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.task, self.config, self.axes, shape)
 
@@ -266,7 +273,8 @@ class Planner:
 def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
     with torch.device("meta"):
         model = task.build(config)
-    return candidates({n: tuple(p.shape) for n, p in model.named_parameters()}, axes, format)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    return candidates(shapes, axes, format, task.overhead(format))
 
 
 def time_shape(
@@ -292,7 +300,7 @@ def time_shape(
 
 def read_plan(folder: Path) -> StudentPlan:
     data = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    shape = Shape(data["shape"]["sizes"], tuple(data["shape"]["layers"]))
+    shape = Shape.of(data["shape"])
     return StudentPlan(
         name=data["name"], shape=shape, cost=Cost(**data["cost"]), reason=data["reason"]
     )

@@ -23,6 +23,7 @@ from limbeck.observe import Observer
 from limbeck.ranks import ranks
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.run import read_index, write_json
+from limbeck.statistics import GHOST, norms_of
 from limbeck.tasks.task import Rows, order
 from limbeck.types import Batch, Need, Teacher
 
@@ -51,14 +52,17 @@ class Training:
         return max(1, round(self.spec.epochs * len(self.rows) / self.spec.batch_size))
 
     def positions(self, step: int) -> list[int]:
-        """Rows of this optimizer step: epoch after epoch, each in its own order."""
+        """Rows of this optimizer step: epoch after epoch, each in its own order and with the next
+        view of the rows."""
         n, size = len(self.rows), self.spec.batch_size
         found: list[int] = []
         at = step * size
         while len(found) < size:
             epoch, offset = divmod(at + len(found), n)
             take = min(size - len(found), n - offset)
-            found += order(n, seed=self.seed, epoch=epoch)[offset : offset + take].tolist()
+            of_view = n * (epoch % self.rows.num_views)
+            rows = order(n, seed=self.seed, epoch=epoch)[offset : offset + take]
+            found += (rows + of_view).tolist()
         return found
 
 
@@ -78,6 +82,7 @@ class Step:
     def __init__(self, model: nn.Module, training: Training, weights: list[Tensor]) -> None:
         self.model, self.training, self.weights = model, training, weights
         self.balance = Balance()
+        self.normalises = bool(norms_of(model))
         self.ranks = ranks()
         self.device = weights[0].device
         self.observe = Observer(
@@ -95,7 +100,10 @@ class Step:
         at = self.training.positions(step)
         mine = self.ranks.share(len(at))
         at = at[mine.start : mine.stop]
-        parts = shares(len(at), self.training.spec.micro_batch, on_cores=self.device.type == "cpu")
+        most, on_cores = self.training.spec.micro_batch, self.device.type == "cpu"
+        if self.normalises:  # what is normalised together must not hang on the number of cores
+            most, on_cores = most or GHOST, False
+        parts = shares(len(at), most, on_cores=on_cores)
         found = (self.training.rows.batch(at[part.start : part.stop]) for part in parts)
         return [batch.to(self.device) for batch in found]
 

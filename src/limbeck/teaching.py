@@ -32,7 +32,7 @@ from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
-from limbeck.tasks.task import Rows, Task, open_task
+from limbeck.tasks.task import AllViews, Rows, Task, open_task
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
@@ -163,7 +163,7 @@ def store_features(
         stores[folder / Need.EMBEDDING] = Embedding(dtype=spec.embedding.dtype)
     live = LiveTeacher(classifier, file_sha256(places.teacher / "model.safetensors"), layers)
     capture(
-        live, rows, stores, made_from=signal_origins(task, places.teacher, places.data),
+        live, AllViews(rows), stores, made_from=signal_origins(task, places.teacher, places.data),
         seed=recipe.seed, progress=progress,
     )  # fmt: skip
 

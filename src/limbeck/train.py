@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
 from limbeck.shared_adamw import SharedAdamW, clip
+from limbeck.statistics import forget, measure_statistics
 from limbeck.step import Training, start_balance, start_features, start_head
 
 _LOG_EVERY = 10  # steps
@@ -43,6 +44,8 @@ def train(
 
     Of a family those sizes learn in a step that `sampling` says; without it, each in its turn.
 
+    BatchNorm's running statistics are measured at the end, on training rows (`statistics`).
+
     Dropout is switched off: a few epochs have little to gain from it, its random numbers are slow
     on a CPU, and threads that draw them side by side would not draw the same twice.
 
@@ -58,6 +61,7 @@ def train(
         start_features(step_of.steps[name])
         if (said := start_head(step_of.steps[name])) is not None:
             progress.say(f"{training.title}: {said}")
+        forget(size.model)
         size.model.train()
     step_one = next(iter(step_of.steps.values()))
     balance = start_balance(step_one, folder)
@@ -99,7 +103,7 @@ def train(
                 logged = done
                 if done in quarters and training.validate is not None:
                     optimizer.settle(done)
-                    point |= _validated(family, training.validate)
+                    point |= _validated(family, training)
                 if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
@@ -109,7 +113,7 @@ def train(
     optimizer.settle(training.steps)
     for size in family.sizes.values():
         size.refresh(family.weights)
-        size.model.eval()
+        measure_statistics(size.model, training.rows, seed=training.seed)
     for one in step_of.steps.values():
         one.observe.close()
     ranks.barrier()
@@ -117,13 +121,15 @@ def train(
         checkpoint.remove()
 
 
-def _validated(family: Family, validate: Callable[[nn.Module], float]) -> dict[str, Any]:
+def _validated(family: Family, training: Training) -> dict[str, Any]:
     """Of a family the mean, and each size's own."""
+    assert training.validate is not None
     found = {}
     for name, size in family.sizes.items():
         size.refresh(family.weights)
-        size.model.eval()
-        found[name] = validate(size.model)
+        measure_statistics(size.model, training.rows, seed=training.seed)
+        found[name] = training.validate(size.model)
+        forget(size.model)
         size.model.train()
     mean = {"validation": sum(found.values()) / len(found)}
     return mean | {"validations": found} if len(found) > 1 else mean
@@ -218,7 +224,7 @@ class _Log:
 
 
 class _Checkpoint:
-    """Weights and the optimizer's moments; nothing else has state."""
+    """Weights and the optimizer's moments; nothing else has state (`statistics` says why)."""
 
     def __init__(self, folder: Path, optimizer: SharedAdamW) -> None:
         self.folder, self.index = folder, folder / "checkpoint.json"

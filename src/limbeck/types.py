@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +149,12 @@ class Shape:
     layers: tuple[int, ...]  # indices of the teacher's layers, ascending
     stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The same for models of several stacks, by axis name; a stack not named keeps all."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Shape:
+        """The inverse of `asdict`, by way of JSON."""
+        stacks = {name: tuple(kept) for name, kept in stored["stacks"].items()}
+        return cls(dict(stored["sizes"]), tuple(stored["layers"]), stacks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

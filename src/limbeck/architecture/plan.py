@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from limbeck.architecture.axes import Axis, find_axis, first_only, layer_of, members_by_parameter
-from limbeck.architecture.cut import usable
+from limbeck.architecture.axes import (
+    Axis,
+    find_axis,
+    first_only,
+    layer_of,
+    members_by_parameter,
+    stacks,
+)
+from limbeck.architecture.cut import keep_layers, usable
 from limbeck.errors import RecipeError
 from limbeck.recipe import BudgetSpec, StudentSpec
 from limbeck.types import Cost, Shape, StudentPlan
@@ -24,8 +32,7 @@ from limbeck.types import Cost, Shape, StudentPlan
 _HARM = {"hidden": 1.22, "layers": 0.74, "ffn": 0.39}
 _FFN_STEP = 64  # a multiple that every runtime's kernels like
 _BYTES = {"hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4)}  # of (matrices, the rest)
-_OVERHEAD = {"hf": 740_000, "onnx-fp32": 250_000, "onnx-int8": 250_000}  # graph or tokenizer
-_OVERHEAD_PER_LAYER = {"hf": 2_000, "onnx-fp32": 20_000, "onnx-int8": 45_000}
+_CHANNEL_STEP = 4  # the same for convolutions, where a quarter of an axis is no less
 _ROUNDS = 6  # of measuring the choice and choosing again
 _MARGIN = 0.92  # of a latency budget that the choice may use: machines are noisy
 
@@ -39,47 +46,112 @@ class Candidate:
     params: int
     size_bytes: int
     matrix_params_per_layer: float  # what one token's forward multiplies, without embeddings
+    stacks: Mapping[str, int] = field(default_factory=dict)  # layers of each, where there are more
 
     @property
     def key(self) -> tuple[tuple[str, int], ...]:
-        return (*sorted(self.sizes.items()), ("layers", self.num_layers))
+        depths = self.stacks.items() if self.stacks else [("layers", self.num_layers)]
+        return (*sorted(self.sizes.items()), *sorted(depths))
 
 
 def candidates(
-    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], format: str
-) -> list[Candidate]:
-    """Every shape of the space: proved axes, uniform widths, sizes by granularity.
+    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], format: str,
+    overhead: tuple[int, int] = (0, 0),
+) -> list[Candidate]:  # fmt: skip
+    """Every shape of the space: proved axes, sizes by granularity.
 
-    `shapes` are the teacher's parameters by name, tied ones once.
+    `shapes` are the teacher's parameters by name, tied ones once; `overhead` what a file has beside
+    weights, once and for each layer, in bytes. Where each stage has a width and a depth of its own
+    (a ResNet's `hidden_sizes`, `depths`) all widths are scaled alike, and all depths: OFA's and
+    EfficientNet's finding that no stage does well alone, and a space that can be listed.
     """
     proved = usable(axes)
-    layers = find_axis(proved, "layers")
-    coupled = {name for axis in proved for name in axis.coupled}
-    # Heads with their key/value heads are better kept, a vocabulary's rows have
-    # names, and of other axes nobody knows the harm: all of these stay as they are.
-    free = [a for a in proved if a.groups and a.name in _HARM and a.name not in coupled]
-    combinations: list[dict[str, int]] = [{}]
-    for axis in free:
-        combinations = [
-            {**sizes, axis.name: size, **{k: size // f for k, f in axis.coupled.items()}}
-            for sizes in combinations
-            for size in _sizes(axis)
-        ]
+    depths = [axis for axis in stacks(proved) if axis.name != "layers"]
     found = []
-    for sizes in combinations:
-        outside, inside = _count(shapes, proved, sizes)
-        pinned = len(layers.pinned) if layers else 0
-        for n in range(max(1, pinned), layers.size + 1) if layers else (0,):
-            free_layers = layers.size - pinned if layers else 0
-            depth = (n - pinned) / free_layers if free_layers else 0.0
-            matrices = outside[0] + inside[0] * depth
-            rest = outside[1] + inside[1] * depth
-            per_matrix, per_rest = _BYTES[format]
-            size_bytes = matrices * per_matrix + rest * per_rest
-            size_bytes += _OVERHEAD[format] + _OVERHEAD_PER_LAYER[format] * n
-            per_layer = inside[0] / free_layers if free_layers else 0.0
-            found.append(Candidate(sizes, n, round(matrices + rest), round(size_bytes), per_layer))
+    for sizes in _widths(proved):
+        for kept in _depths(proved, depths):
+            found.append(_candidate(shapes, proved, sizes, kept, depths, format, overhead))
     return found
+
+
+def _candidate(
+    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int],
+    kept: Mapping[str, int], depths: Sequence[Axis], format: str, overhead: tuple[int, int],
+) -> Candidate:  # fmt: skip
+    outside, inside = _count(shapes, axes, sizes)
+    matrices, rest = outside
+    for name, (own_matrices, own_rest) in inside.items():
+        axis = find_axis(axes, name)
+        assert axis is not None
+        free = axis.size - len(axis.pinned)
+        share = (kept[name] - len(axis.pinned)) / free if free else 0.0
+        matrices, rest = matrices + own_matrices * share, rest + own_rest * share
+    n = sum(kept.values())
+    per_matrix, per_rest = _BYTES[format]
+    size_bytes = matrices * per_matrix + rest * per_rest + overhead[0] + overhead[1] * n
+    if depths:
+        per_layer = matrices / n
+    elif layers := find_axis(axes, "layers"):
+        per_layer = inside["layers"][0] / max(1, layers.size - len(layers.pinned))
+    else:
+        per_layer = 0.0
+    of_stacks = {axis.name: kept[axis.name] for axis in depths}
+    return Candidate(
+        dict(sizes), n, round(matrices + rest), round(size_bytes), per_layer, of_stacks
+    )
+
+
+def _widths(axes: Sequence[Axis]) -> list[dict[str, int]]:
+    """Heads with their key/value heads are better kept, a vocabulary's rows have names, and of other
+    axes nobody knows the harm: all of these stay as they are."""
+    coupled = {name for axis in axes for name in axis.coupled}
+    open_ = [a for a in axes if a.groups and a.name not in coupled and not a.labels]
+    staged = [a for a in open_ if all(float(n).is_integer() for n in a.fields.values())]
+    stages = any("[" in field for axis in staged for field in axis.fields)
+    if stages and find_axis(axes, "layers") is None:
+        return _scaled(staged)
+    combinations: list[dict[str, int]] = [{}]
+    for axis in open_:
+        if axis.name in _HARM:
+            combinations = [
+                {**sizes, axis.name: size, **{k: size // f for k, f in axis.coupled.items()}}
+                for sizes in combinations
+                for size in _sizes(axis)
+            ]
+    return combinations
+
+
+def _scaled(axes: Sequence[Axis]) -> list[dict[str, int]]:
+    """All of these axes by a common factor; no two that differ become equal, as a projection
+    between two stages may hang on that."""
+    steps = {a.name: math.lcm(a.granularity, _CHANNEL_STEP) for a in axes}
+    steps = {a.name: steps[a.name] if a.size % steps[a.name] == 0 and a.size >= 4 * steps[a.name]
+             else a.granularity for a in axes}  # fmt: skip
+    most = max(a.size // steps[a.name] for a in axes)
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    for k in range(1, most + 1):
+        sizes = {
+            a.name: max(1, round(k * a.size / most / steps[a.name])) * steps[a.name] for a in axes
+        }
+        full = {a.name: a.size for a in axes}
+        if len({(full[n], size) for n, size in sizes.items()}) == len({*sizes.values()}):
+            found[tuple(sizes.values())] = sizes
+    return [*found.values()]
+
+
+def _depths(axes: Sequence[Axis], staged: Sequence[Axis]) -> list[dict[str, int]]:
+    """How many layers of each stack: all n of the only one, or about the same share of each."""
+    if not staged:
+        layers = find_axis(axes, "layers")
+        if layers is None:
+            return [{}]
+        return [{"layers": n} for n in range(max(1, len(layers.pinned)), layers.size + 1)]
+    deepest = max(axis.size for axis in staged)
+    shares = [
+        {a.name: max(1, len(a.pinned), round(a.size * k / deepest)) for a in staged}
+        for k in range(1, deepest + 1)
+    ]
+    return [dict(kept) for kept in dict.fromkeys(tuple(share.items()) for share in shares)]
 
 
 def _sizes(axis: Axis) -> list[int]:
@@ -91,38 +163,59 @@ def _sizes(axis: Axis) -> list[int]:
 
 def _count(
     shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """((matrices, rest) outside the layers, (matrices, rest) inside all layers), in parameters.
+) -> tuple[tuple[float, float], dict[str, tuple[float, float]]]:
+    """((matrices, rest) outside the layers, and of each stack inside all its layers), in parameters.
 
-    Layers that cannot go count as outside.
+    A convolution's kernel is a matrix. Layers that cannot go count as outside.
     """
     kept = {
         group.name: group.kept(sizes.get(axis.name, axis.size), axis.size)
         for axis in axes for group in axis.groups
     }  # fmt: skip
     places = members_by_parameter([group for axis in axes for group in axis.groups])
-    layers = find_axis(axes, "layers")
-    shared = first_only(layers.pattern, shapes) if layers else set()
-    outside, inside = [0.0, 0.0], [0.0, 0.0]
+    repeated = stacks(axes)
+    shared = {name for axis in repeated for name in first_only(axis.pattern, shapes)}
+    outside = [0.0, 0.0]
+    inside = {axis.name: [0.0, 0.0] for axis in repeated}
     for name, shape in shapes.items():
         dims = list(shape)
         for group, member in places.get(name, ()):
             dims[member.dim] = member.width(kept[group.name])
-        place = layer_of(layers.pattern, name) if layers else None
-        free = layers and place and place[0] not in layers.pinned and name not in shared
-        where = inside if free else outside
+        where = outside
+        for axis in repeated:
+            place = layer_of(axis.pattern, name)
+            if place and place[0] not in axis.pinned and name not in shared:
+                where = inside[axis.name]
         where[0 if len(dims) > 1 else 1] += math.prod(dims)
-    return (outside[0], outside[1]), (inside[0], inside[1])
+    return (outside[0], outside[1]), {name: (a, b) for name, (a, b) in inside.items()}
 
 
 def score(candidate: Candidate, axes: Sequence[Axis]) -> float:
     """0 for the teacher's own shape, lower the more is cut; see the module's rule."""
-    total = 0.0
+    return sum(_HARM[name] * math.log(share) for name, share in _kept(candidate, axes).items())
+
+
+def _kept(candidate: Candidate, axes: Sequence[Axis]) -> dict[str, float]:
+    """Share of each kind of axis that is left. Widths of stages count as the hidden width, and
+    stacks of layers as one: what these kinds of axes hurt was seen in transformers only."""
+    shares: dict[str, float] = {}
+    of_stages = [
+        candidate.sizes[a.name] / a.size
+        for a in axes
+        if a.name in candidate.sizes and candidate.stacks and a.name not in _HARM
+    ]
+    if of_stages:
+        shares["hidden"] = sum(of_stages) / len(of_stages)
+    if candidate.stacks:
+        full = sum(a.size for a in axes if a.name in candidate.stacks)
+        shares["layers"] = candidate.num_layers / full
     for axis in usable(axes):
-        size = candidate.num_layers if axis.name == "layers" else candidate.sizes.get(axis.name)
-        if size and axis.name in _HARM:
-            total += _HARM[axis.name] * math.log(size / axis.size)
-    return total
+        size = candidate.sizes.get(axis.name)
+        if axis.name == "layers":
+            size = candidate.num_layers
+        if size and axis.name in _HARM and axis.name not in shares:
+            shares[axis.name] = size / axis.size
+    return shares
 
 
 Measure = Callable[[Candidate], float]  # median latency in ms of the exported random-weight model
@@ -192,14 +285,30 @@ def plan_student(
     predicted = latency.predict(best) if latency.measured else None
     return StudentPlan(
         name=student.name,
-        shape=Shape(dict(best.sizes), layers_of(best.num_layers)),
+        shape=shape_of(best, axes, layers_of),
         cost=Cost(params=best.params, size_bytes=best.size_bytes, latency_ms=predicted),
         reason=_reason(student.budget, best, axes, len(space)),
     )
 
 
+def shape_of(
+    candidate: Candidate, axes: Sequence[Axis], layers_of: Callable[[int], tuple[int, ...]]
+) -> Shape:
+    """With the layers chosen: of several stacks the first ones, which own strides and widths."""
+    layers = () if candidate.stacks else layers_of(candidate.num_layers)
+    kept = {
+        axis.name: keep_layers(torch.zeros(axis.size), candidate.stacks[axis.name], axis.pinned)
+        for axis in axes if axis.name in candidate.stacks
+    }  # fmt: skip
+    return Shape(dict(candidate.sizes), layers, kept)
+
+
 def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
     """Three small and different shapes: enough for three weights, quick to export."""
+    if space[0].stacks:  # of stages all depths belong together
+        by_size = sorted(space, key=lambda c: c.params)
+        picked = [by_size[0], by_size[len(by_size) // 4], by_size[len(by_size) // 2]]
+        return [*{c.key: c for c in picked}.values()]
     work = sorted(space, key=lambda c: c.matrix_params_per_layer)
     deepest = max(c.num_layers for c in space)
     small, middle = work[len(work) // 20], work[len(work) // 2]
@@ -268,12 +377,7 @@ def _within(candidate: Candidate, budget: BudgetSpec) -> bool:
 
 
 def _reason(budget: BudgetSpec, best: Candidate, axes: Sequence[Axis], considered: int) -> str:
-    kept = [
-        f"{100 * size / axis.size:.0f} % of {axis.name}"
-        for axis in usable(axes)
-        if axis.name in _HARM
-        and (size := best.num_layers if axis.name == "layers" else best.sizes.get(axis.name))
-    ]
+    kept = [f"{100 * share:.0f} % of {name}" for name, share in _kept(best, axes).items()]
     asked = _listed(budget.model_dump(exclude_none=True))
     return f"Of {considered:,} shapes the one within {asked} that cuts least: {', '.join(kept)}."
 

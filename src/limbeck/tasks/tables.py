@@ -37,13 +37,8 @@ def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
                 f"{where}, row {number}", f"{spec.text} is {text!r}", allowed="text",
                 fix="remove or mend the row",
             )  # fmt: skip
-        if not isinstance(label, str | int | float) or label != label or not str(label).strip():
-            raise DataError(
-                f"{where}, row {number}", f"{spec.label} is {label!r}", allowed="text or a number",
-                fix="remove or mend the row",
-            )  # fmt: skip
         texts.append(text)
-        labels.append(str(label))
+        labels.append(named_label(label, spec, f"{where}, row {number}"))
         if spec.group:
             groups.append(str(row[spec.group]))
     if not texts:
@@ -52,6 +47,24 @@ def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
             fix="name a file that has some",
         )  # fmt: skip
     return Table(texts, labels, groups if spec.group else None)
+
+
+def named_label(label: Any, spec: DataSpec, where: str) -> str:
+    """As text, by its name where `data.label_names` has one. Raises DataError for none."""
+    if not isinstance(label, str | int | float) or label != label or not str(label).strip():
+        raise DataError(
+            where, f"{spec.label} is {label!r}", allowed="text or a number",
+            fix="remove or mend the row",
+        )  # fmt: skip
+    names = spec.label_names
+    if names is None:
+        return str(label)
+    if not str(label).isdecimal() or int(label) >= len(names):
+        raise DataError(
+            where, f"label {label!r} has no name", allowed=f"0 to {len(names) - 1}",
+            fix="give data.label_names one for each label, or leave it out",
+        )  # fmt: skip
+    return names[int(label)]
 
 
 def _rows(
@@ -91,7 +104,7 @@ def _delimited_rows(
                 next(file, None)
             lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             columns = list(spec.columns) if spec.columns else next(lines, [])
-            _require(wanted, columns, where)
+            require_columns(wanted, columns, where)
             for number, line in enumerate(lines, start=1):
                 if not line:
                     continue
@@ -129,7 +142,7 @@ def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[s
                 ) from None
             if not isinstance(row, dict):
                 raise DataError(at, "not an object", allowed=allowed, fix="mend or remove the line")
-            _require(wanted, list(row), at)
+            require_columns(wanted, list(row), at)
             yield row
 
 
@@ -139,7 +152,7 @@ def _parquet_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dic
 
     try:
         file = pq.ParquetFile(path)
-        _require(wanted, file.schema_arrow.names, where)
+        require_columns(wanted, file.schema_arrow.names, where)
         for batch in file.iter_batches(columns=list(wanted)):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
@@ -179,7 +192,7 @@ def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, A
             yield {spec.text: text, spec.label: folder.name}
 
 
-def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
+def require_columns(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
     for name in wanted:
         if columns.count(name) > 1:
             raise DataError(
@@ -191,5 +204,5 @@ def _require(wanted: Sequence[str], columns: Sequence[str], where: str) -> None:
             listed = ", ".join(columns[:_LISTED]) + (", ..." if len(columns) > _LISTED else "")
             raise DataError(
                 where, f"no column {name!r}", allowed=listed or "none, the file has no columns",
-                fix=f"did you mean {close[0]!r}?" if close else "set data.text and data.label",
+                fix=f"did you mean {close[0]!r}?" if close else "name the columns in recipe.data",
             )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SPLITS = ("train", "validation", "test")
-_KINDS = {"text-classification": "limbeck.tasks.text_classification"}
+_KINDS = {
+    "text-classification": "limbeck.tasks.text_classification",
+    "image-classification": "limbeck.tasks.image_classification",
+}
 
 
 class Rows(Protocol):
@@ -42,9 +46,18 @@ class Rows(Protocol):
         """(N,) int64: rows of like length are batched together where order is free."""
         ...
 
-    def __len__(self) -> int: ...
+    @property
+    def num_views(self) -> int:
+        """In how many ways each row is shown; 1 where it is always the same."""
+        ...
 
-    def batch(self, positions: Sequence[int]) -> Batch: ...
+    def __len__(self) -> int:
+        """Rows, not views."""
+        ...
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """Row i as it is at i; its further views at i + N, i + 2 N, ... with ids of their own."""
+        ...
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, in order."""
@@ -82,6 +95,16 @@ class Task(Protocol):
 
     def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:
         """A plain Hugging Face folder, with the tokenizer or the like of the folder `origin`."""
+        ...
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an int8 file's ranges of activations are fixed from training rows; if not, they
+        are found anew at each call."""
+        ...
+
+    def overhead(self, format: str) -> tuple[int, int]:
+        """Bytes of an exported file that are no weights: once, and for each layer. About."""
         ...
 
     @property
@@ -124,6 +147,19 @@ def outline(recipe: Recipe, train: Path) -> tuple[Task, int]:
 
 def _kind(recipe: Recipe) -> Any:
     return importlib.import_module(_KINDS[recipe.task.kind])
+
+
+@dataclass(frozen=True)
+class AllViews:
+    """Every view of every row as a row of its own."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.rows.num_views
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        return self.rows.batch(positions)
 
 
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:

@@ -20,12 +20,16 @@ from limbeck import models
 from limbeck.errors import SourceError
 from limbeck.export.folder import save_model, save_tokenizer
 from limbeck.recipe import Recipe
+from limbeck.recipe_task import TextTask
 from limbeck.run import json_sha256, replaced, write_json
 from limbeck.tasks.splits import check_labels, hold_out, limited
 from limbeck.tasks.tables import read_table
 from limbeck.types import Batch, Input
 
 _CHARACTERS_PER_TOKEN = 16  # more than words have; a text of longer ones is tokenised whole
+_OVERHEAD = {  # tokenizer or graph, and what a layer adds
+    "hf": (740_000, 2_000), "onnx-fp32": (250_000, 20_000), "onnx-int8": (250_000, 45_000),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Rows:
     tokens: tuple[np.ndarray, ...]  # N arrays of token ids, int32, cut to max_tokens
     texts: tuple[str, ...]  # what those tokens cover
     pad_id: int
+    num_views = 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +89,7 @@ class TextClassification:
     max_tokens: int
     folder: Path | None = None
     pad_id: int = 0
+    calibrated = False
 
     def rows(self, split: str) -> Rows:
         assert self.folder is not None
@@ -117,6 +123,9 @@ class TextClassification:
         save_model(model, folder, labels=self.labels)
         save_tokenizer(origin, folder, max_tokens=self.max_tokens)
 
+    def overhead(self, format: str) -> tuple[int, int]:
+        return _OVERHEAD[format]
+
     @property
     def input_fields(self) -> tuple[str, ...]:
         return ("vocab_size", "pad_token_id")
@@ -149,6 +158,7 @@ class TextClassification:
 
 
 def open_task(recipe: Recipe, folder: Path) -> TextClassification:
+    assert isinstance(recipe.task, TextTask)
     about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return TextClassification(
         tuple(about["labels"]), recipe.task.max_tokens, folder, about["pad_id"]
@@ -156,6 +166,7 @@ def open_task(recipe: Recipe, folder: Path) -> TextClassification:
 
 
 def outline(recipe: Recipe, train: Path) -> tuple[TextClassification, int]:
+    assert isinstance(recipe.task, TextTask)
     table = read_table(train, recipe.data, where="recipe.data.train")
     task = TextClassification(tuple(sorted({*table.labels})), recipe.task.max_tokens)
     return task, len(table.texts)
@@ -168,6 +179,7 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     SourceError for a folder `model` that holds no text model with its tokenizer.
     """
     data = recipe.data
+    assert isinstance(recipe.task, TextTask)
     table = read_table(train, data, where="recipe.data.train")
     everything = np.arange(len(table.texts))
     if test is None:
@@ -215,6 +227,9 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         "pad_id": tokenizer.pad_token_id or 0,
         "rows": {"train": len(train_at), "validation": len(validation_at), "test": len(test_at)},
         "texts_in_train_and_test": shared,
+        "warnings": [
+            f"{shared} texts of the test rows stand word for word in the training rows."
+        ] * bool(shared),
     }
     write_json(folder / "data.json", about)
 

@@ -1,0 +1,339 @@
+"""Image classification: images are decoded once to the size that the recipe says, and served as
+batches; training images in several views, each a pure function of seed, example and view."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from limbeck import models
+from limbeck.cores import on_each
+from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.export.folder import save_model
+from limbeck.recipe import Recipe
+from limbeck.recipe_task import AugmentSpec, ImageTask
+from limbeck.run import replaced, write_json
+from limbeck.tasks.image_files import ImageTable, read_images
+from limbeck.tasks.images import Unreadable, augmented, drawn, pixels_of, tensor_of, transform
+from limbeck.tasks.splits import check_labels, hold_out, limited
+from limbeck.types import Batch, Input
+
+PREPROCESSING = "preprocessing.json"
+_CLASSIFIERS = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # by model_type
+_ALLOWED = "a folder with the config.json and model.safetensors of an image classifier"
+_CHUNK = 256  # images decoded at a time
+_NAMED = 5  # damaged images that a warning names
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split. A row's id is its place in the source, times the number of views, plus the view's:
+    the key under which signals of that very view are stored."""
+
+    places: np.ndarray  # (N,) int64, in the source
+    labels: np.ndarray  # (N,) int64
+    pixels: np.ndarray  # (N, S, S, C) uint8
+    mean: Sequence[float]  # of each channel, black 0 and white 1
+    std: Sequence[float]
+    augment: AugmentSpec | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def num_views(self) -> int:
+        return self.augment.views if self.augment else 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Of the images as they are."""
+        return self.places * self.num_views
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.ones(len(self), np.int64)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """View v of row i stands at v * N + i. `pixel_values` (B, C, S, S)."""
+        view, at = np.divmod(np.asarray(positions), len(self))
+        pixels = self.pixels[at]
+        if view.any():
+            assert self.augment is not None
+            pairs = zip(self.places[at].tolist(), view.tolist(), strict=True)
+            pixels = augmented(pixels, [drawn(self.augment, self.seed, i, v) for i, v in pairs])
+        return Batch(
+            inputs={"pixel_values": tensor_of(pixels, self.mean, self.std)},
+            labels=torch.from_numpy(self.labels[at]),
+            mask=torch.ones(len(at), dtype=torch.bool),
+            example_ids=torch.from_numpy(self.places[at] * self.num_views + view),
+        )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All rows once, as they are, in order."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(range(start, min(start + batch_size, len(self))))
+
+    def sample(self, n: int | None, *, seed: int) -> Rows:
+        """n rows drawn at random, in file order; all of them where n is None or too large."""
+        if n is None or n >= len(self):
+            return self
+        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
+        return replace(
+            self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at]
+        )
+
+
+@dataclass(frozen=True)
+class ImageClassification:
+    """Prepared data in a folder: one Parquet file per split. See `tasks.task.Task`."""
+
+    labels: tuple[str, ...]
+    spec: ImageTask
+    seed: int
+    folder: Path | None = None
+
+    calibrated = True  # ranges found anew at each call make an int8 convolution slow and no better
+
+    def rows(self, split: str) -> Rows:
+        assert self.folder is not None
+        table = pq.read_table(self.folder / f"{split}.parquet").combine_chunks()
+        size, about = self.spec.size, transform(self.spec)
+        column = table["pixels"].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = column.chunk(0)
+        pixels = np.frombuffer(column.buffers()[1], np.uint8)[: len(table) * column.type.byte_width]
+        return Rows(
+            places=table["id"].to_numpy(),
+            labels=table["label"].to_numpy(),
+            pixels=pixels.reshape(len(table), size, size, self.spec.num_channels),
+            mean=about["mean"], std=about["std"],
+            augment=self.spec.augment if split == "train" else None, seed=self.seed,
+        )  # fmt: skip
+
+    def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
+        config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
+        if config.model_type not in _CLASSIFIERS:
+            raise SourceError(
+                where, f"{folder} holds a model of type {config.model_type!r}, which classifies no "
+                "images", allowed=_ALLOWED, fix="choose an image classifier, such as a ResNet",
+            )  # fmt: skip
+        models.label_config(config, self.labels)
+        return config
+
+    def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
+        config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
+        if not any("ImageClassification" in name for name in config.architectures or ()):
+            return None
+        return tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        model: nn.Module = AutoModelForImageClassification.from_config(
+            config, trust_remote_code=False
+        )
+        return model
+
+    def load(self, folder: Path, *, where: str) -> PreTrainedModel:
+        config = self.read_config(folder, where=where)
+        return models.load_as(
+            AutoModelForImageClassification, folder, config, where=where, allowed=_ALLOWED
+        )
+
+    def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:  # noqa: ARG002
+        save_model(model, folder, labels=self.labels)
+        write_json(folder / PREPROCESSING, transform(self.spec))
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        return ("num_channels",)
+
+    def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:  # noqa: ARG002 for any alike
+        dims = (self.spec.num_channels, self.spec.size, self.spec.size)
+        return (Input(name="pixel_values", dims=dims, free=(None,) * 3),)
+
+    def overhead(self, format: str) -> tuple[int, int]:
+        # ResNets and ConvNeXts of 2 to 12 blocks, some bytes on the safe side
+        return {"hf": (4_000, 2_000), "onnx-fp32": (2_000, 1_000)}.get(format, (8_000, 6_000))
+
+    def preprocessing(self, model: Path) -> Mapping[str, Any]:  # noqa: ARG002 for any alike
+        views = self.spec.augment.model_dump() if self.spec.augment else None
+        about = {**transform(self.spec), "augment": views}
+        return {"preprocessing": about | ({"seed": self.seed} if views else {})}
+
+    def example(self) -> str:
+        rows, n = self.rows("train"), self.spec.size
+        label = self.labels[rows.labels[0]]
+        mean = rows.pixels[0].mean() / 255
+        return f"{n} x {n} {self.spec.channels}, brightness {mean:.2f}, label {label!r}"
+
+
+def open_task(recipe: Recipe, folder: Path) -> ImageClassification:
+    assert isinstance(recipe.task, ImageTask)
+    about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    return ImageClassification(tuple(about["labels"]), recipe.task, recipe.seed, folder)
+
+
+def outline(recipe: Recipe, train: Path) -> tuple[ImageClassification, int]:
+    assert isinstance(recipe.task, ImageTask)
+    table = read_images(train, recipe.data, part="train")
+    task = ImageClassification(tuple(sorted({*table.labels})), recipe.task, recipe.seed)
+    return task, len(table.labels)
+
+
+def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder: Path) -> None:
+    """Read, split, decode and check; write `folder` for `open_task`.
+
+    Raises DataError for empty data, too few labels, test labels that training never shows, damaged
+    images; RecipeError for a teacher that does not take such images.
+    """
+    data, spec = recipe.data, recipe.task
+    assert isinstance(spec, ImageTask)
+    table = read_images(train, data, part="train")
+    everything = np.arange(len(table.labels))
+    if test is None:
+        assert data.test_fraction is not None  # the recipe checked it
+        held, kept = hold_out(table.groups, everything, data.test_fraction, recipe.seed, "test")
+        test_table, test_at = table, held
+    else:
+        test_table, kept = read_images(test, data, part="test"), everything
+        test_at = np.arange(len(test_table.labels))
+    validation_at, train_at = hold_out(
+        table.groups, kept, data.validation_fraction, recipe.seed, "validation"
+    )
+    train_at = limited(train_at, data.max_train_rows, recipe.seed)
+    test_at = limited(test_at, data.max_test_rows, recipe.seed)
+    labels = sorted({table.labels[i] for i in train_at})
+    check_labels(labels, table.labels, validation_at, "recipe.data.train (validation rows)")
+    check_labels(labels, test_table.labels, test_at, "recipe.data.test")
+    task = ImageClassification(tuple(labels), spec, recipe.seed)
+    if recipe.teacher.config is not None:
+        models.make_config(recipe.teacher.config, where="recipe.teacher.config")
+        _check_takes(task, model, "recipe.teacher.config")
+    else:
+        _check_takes(task, model, "recipe.teacher.model")
+        own = task.own_labels(model, where="recipe.teacher.model")
+        if own is not None and sorted(own) == labels:
+            labels = list(own)  # in the order that the head has learnt
+
+    hashes, rows, found = {}, {}, _Found([], 0)
+    for split, source, at, where in (
+        ("train", table, train_at, "recipe.data.train"),
+        ("validation", table, validation_at, "recipe.data.train"),
+        ("test", test_table, test_at, "recipe.data.test" if test else "recipe.data.train"),
+    ):
+        with replaced(folder / f"{split}.parquet") as aside:
+            hashes[split], rows[split] = _write(aside, source, at, labels, spec, where, found)
+    write_json(
+        folder / "data.json",
+        {
+            "labels": labels, "rows": rows, "views": spec.augment.views if spec.augment else 1,
+            "warnings": found.warnings(len(hashes["train"] & hashes["test"])),
+        },
+    )  # fmt: skip
+
+
+@dataclass
+class _Found:
+    damaged: list[str]
+    converted: int
+
+    def warnings(self, twins: int) -> list[str]:
+        said = []
+        if n := len(self.damaged):
+            named = "; ".join(self.damaged[:_NAMED]) + ("; ..." if n > _NAMED else "")
+            said.append(f"{n} damaged images were left out: {named}.")
+        if self.converted:
+            said.append(f"{self.converted} images had other channels and were converted.")
+        if twins:
+            said.append(f"{twins} images of the test rows are pixel for pixel in the training rows.")
+        return said
+
+
+def _write(
+    path: Path, table: ImageTable, at: np.ndarray, labels: Sequence[str], spec: ImageTask,
+    where: str, found: _Found,
+) -> tuple[set[bytes], int]:  # fmt: skip
+    """Decode these images into one Parquet file: the fingerprints of their pixels, how many."""
+    width = spec.size**2 * spec.num_channels
+    schema = pa.schema([("id", pa.int64()), ("label", pa.int64()), ("pixels", pa.binary(width))])
+    hashes: set[bytes] = set()
+    rows = 0
+    chunks = [at[start : start + _CHUNK] for start in range(0, len(at), _CHUNK)]
+    with pq.ParquetWriter(path, schema) as writer:
+        for chunk, decoded in zip(
+            chunks, on_each(partial(_decode, table, spec, where), chunks), strict=True
+        ):
+            kept: list[int] = []
+            values: list[bytes] = []
+            for i, one in zip(chunk.tolist(), decoded, strict=True):
+                if isinstance(one, str):
+                    if spec.unreadable == "refuse":
+                        raise DataError(
+                            f"{where}, {table.names[i]}", f"does not decode: {one}",
+                            allowed="a whole image", fix="remove or mend it, or set "
+                            "task.unreadable: skip",
+                        )  # fmt: skip
+                    found.damaged.append(f"{table.names[i]} ({one})")
+                    continue
+                pixels, converted = one
+                found.converted += converted
+                kept.append(i)
+                values.append(pixels.tobytes())
+            hashes |= {hashlib.blake2b(value, digest_size=16).digest() for value in values}
+            rows += len(kept)
+            columns = [
+                pa.array(kept, pa.int64()),
+                pa.array([labels.index(table.labels[i]) for i in kept], pa.int64()),
+                pa.array(values, pa.binary(width)),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+    if not rows:
+        raise DataError(
+            where, f"none of {len(at)} images decodes", allowed="images", fix="check some of them"
+        )
+    return hashes, rows
+
+
+def _decode(
+    table: ImageTable, spec: ImageTask, where: str, chunk: np.ndarray
+) -> list[tuple[np.ndarray, bool] | str]:
+    """Pixels and whether they were converted, or why there are none."""
+    found: list[tuple[np.ndarray, bool] | str] = []
+    for i in chunk.tolist():
+        try:
+            found.append(pixels_of(table.contents[i], spec, f"{where}, {table.names[i]}"))
+        except Unreadable as error:
+            found.append(str(error))
+    return found
+
+
+@torch.no_grad()
+def _check_takes(task: ImageClassification, folder: Path, where: str) -> None:
+    """Raises RecipeError for a model that does not take the task's images."""
+    config = task.read_config(folder, where=where)
+    shape = (2, *task.inputs(config)[0].dims)
+    for device in ("meta", "cpu"):  # some models cannot be run without numbers
+        try:
+            with torch.device(device), torch.random.fork_rng(devices=[]):
+                task.build(config).eval()(pixel_values=torch.zeros(shape))
+            return
+        except Exception as error:  # each architecture has its own
+            reason = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+    raise RecipeError(
+        where, f"it does not take {task.spec.channels} images of {task.spec.size} pixels: {reason}",
+        allowed=f"a model with {task.spec.num_channels} channels, and of this size where its own "
+        "is fixed", fix="set task.size and task.channels as it wants them, or choose another",
+    )  # fmt: skip
