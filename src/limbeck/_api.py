@@ -91,11 +91,13 @@ def load_family(run: str | Path) -> LoadedFamily:
     return scaling.LoadedFamily(Path(run))
 
 
-def try_student(student: str | Path, text: str) -> list[tuple[str, float]]:
-    """(label, probability), most probable first, from an exported file or its folder."""
+def try_student(student: str | Path, what: str) -> list[tuple[str, float]]:
+    """(label, probability), most probable first, from an exported file or its folder.
+
+    `what` is a text, or the path of an image for a model of images."""
     from limbeck import trying
 
-    return trying.classify(Path(student), text)
+    return trying.classify(Path(student), what)
 
 
 def describe_signals(folder: str | Path) -> dict[str, str]:

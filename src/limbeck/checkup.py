@@ -12,6 +12,7 @@ _EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "compare": ("sklearn",),
     "meter": ("codecarbon",),
+    "images": ("PIL",),
     "fetch": ("datasets", "huggingface_hub"),
 }
 

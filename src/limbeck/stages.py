@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -38,12 +39,14 @@ from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.errors import RecipeError
 from limbeck.export.onnx import export_onnx, quantize_int8
+from limbeck.export.static import quantize_static_int8
 from limbeck.models import label_config, make_config, num_parameters
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256, write_json, write_text
+from limbeck.runtime_worker import random_inputs
 from limbeck.signals import capture as signal_capture
 from limbeck.signals.choose import reason
 from limbeck.signals.codecs import logit_codec
@@ -57,6 +60,7 @@ from limbeck.teaching import read_axes, signal_origins, validator
 from limbeck.train import train
 from limbeck.types import Cost, Input, Places, Shape, StudentPlan
 
+_CALIBRATION_ROWS = 512  # training rows that an int8 file's ranges are fixed on
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 
 prepare_torch()
@@ -290,7 +294,9 @@ def time_shape(
         if recipe.export.primary == "hf":
             model.save_pretrained(folder)  # type: ignore[operator]
         formats: set[str] = {recipe.export.primary}
-        path = _write_onnx(model, folder, inputs, formats, draft=True)[recipe.export.primary]
+        drawn = [random_inputs([asdict(one) for one in inputs], 2)] if task.calibrated else None
+        paths = _write_onnx(model, folder, inputs, formats, drawn, draft=True)
+        path = paths[recipe.export.primary]
         timing = runtime.time_artifact(
             path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
             runs=recipe.measure.latency_runs,
@@ -314,19 +320,30 @@ def export(
     task = open_task(recipe, data)
     classifier = task.load(model, where=str(model)).eval()
     inputs = task.inputs(classifier.config)
-    _write_onnx(classifier, folder, inputs, set(formats), draft=draft)
+    rows = task.rows("train").sample(_CALIBRATION_ROWS, seed=recipe.seed)
+    batches = (
+        {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+        for batch in rows.batches(32)
+    )
+    calibration = [*batches] if task.calibrated else None
+    _write_onnx(classifier, folder, inputs, set(formats), calibration, draft=draft)
 
 
 def _write_onnx(
-    model: nn.Module, folder: Path, inputs: Sequence[Input], formats: set[str], *, draft: bool
-) -> dict[str, Path]:
+    model: nn.Module, folder: Path, inputs: Sequence[Input], formats: set[str],
+    calibration: Sequence[Mapping[str, np.ndarray]] | None, *, draft: bool,
+) -> dict[str, Path]:  # fmt: skip
+    """`calibration`: inputs by which an int8 file's ranges are fixed; none: they are not."""
     paths = {"hf": folder}
     if formats & {"onnx-fp32", "onnx-int8"}:
         paths["onnx-fp32"] = folder / "model-fp32.onnx"
         export_onnx(model, paths["onnx-fp32"], inputs=inputs, draft=draft)
     if "onnx-int8" in formats:
         paths["onnx-int8"] = folder / "model-int8.onnx"
-        quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
+        if calibration is None:
+            quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
+        else:
+            quantize_static_int8(paths["onnx-fp32"], paths["onnx-int8"], calibration)
         if "onnx-fp32" not in formats:
             paths["onnx-fp32"].unlink()
     return paths

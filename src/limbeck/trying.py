@@ -1,4 +1,4 @@
-"""`limbeck try`: one text through an exported file, as a user's program would."""
+"""`limbeck try`: one text or image through an exported file, as a user's program would."""
 
 from __future__ import annotations
 
@@ -10,22 +10,35 @@ import numpy as np
 from limbeck.errors import SourceError
 from limbeck.recipe import Format
 from limbeck.runtime import load_predictor
+from limbeck.tasks.images import PREPROCESSING, inputs_of
 
 
-def classify(student: Path, text: str) -> list[tuple[str, float]]:
-    """By a student's folder in a run (its int8 file is used), an .onnx file or an `hf` folder."""
+def classify(student: Path, what: str) -> list[tuple[str, float]]:
+    """By a student's folder in a run (its int8 file is used), an .onnx file or an `hf` folder.
+
+    `what` is a text, or for a model of images the path of one.
+    """
     path, format, hf = _find(student)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False, local_files_only=True)
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    encoded = tokenizer(text, truncation=True, return_tensors="np")
-    inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    about = hf / PREPROCESSING
+    inputs = _of_image(what, about) if about.is_file() else _of_text(what, hf)
     logits = load_predictor(path, format, threads=1)(inputs)[0]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     names = {int(i): name for i, name in config["id2label"].items()}
     return [(names[i], float(probs[i])) for i in np.argsort(-probs)]
+
+
+def _of_text(text: str, hf: Path) -> dict[str, np.ndarray]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False, local_files_only=True)
+    encoded = tokenizer(text, truncation=True, return_tensors="np")
+    return {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+
+def _of_image(image: str, preprocessing: Path) -> dict[str, np.ndarray]:
+    return inputs_of(Path(image), json.loads(preprocessing.read_text(encoding="utf-8")))
 
 
 def _find(student: Path) -> tuple[Path, Format, Path]:

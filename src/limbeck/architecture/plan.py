@@ -164,7 +164,7 @@ def _sizes(axis: Axis) -> list[int]:
 def _count(
     shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int]
 ) -> tuple[tuple[float, float], dict[str, tuple[float, float]]]:
-    """((matrices, rest) outside the layers, and of each stack inside all its layers), in parameters.
+    """((matrices, rest) outside the layers, and of each stack inside all its layers): parameters.
 
     A convolution's kernel is a matrix. Layers that cannot go count as outside.
     """

@@ -44,7 +44,7 @@ def export_onnx(
     proves nothing about others, so it never makes what is shipped.
     Raises MissingExtraError without the extra 'export'.
     """
-    _require_extra()
+    require_extra()
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
         raise ValueError(f"{size} bytes of weights do not fit into one ONNX file (2 GB)")
@@ -52,7 +52,7 @@ def export_onnx(
     example = tuple(_example(one).to(device) for one in inputs)
     write = _write_draft if draft else _write
     module = _LogitsOnly(model, [one.name for one in inputs])
-    with replaced(path) as aside, _eval(model), torch.no_grad(), _quiet():
+    with replaced(path) as aside, _eval(model), torch.no_grad(), quiet():
         write(module, example, aside, inputs)
 
 
@@ -167,11 +167,12 @@ def _attention_translation() -> Callable[..., Any]:
 
 
 def quantize_int8(fp32: Path, int8: Path) -> None:
-    """Write `fp32` with weights and embeddings in int8; activations are quantised as they come.
+    """Write `fp32` with weights and embeddings in int8; activations are quantised as they come
+    (`export.static` has them fixed).
 
     Raises MissingExtraError without the extra 'export'.
     """
-    _require_extra()
+    require_extra()
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -179,7 +180,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
     _quantize_embeddings(model)
     # Says that shapes are known already, and keeps the quantiser from saying so on the root logger.
     onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    with replaced(int8) as aside, _quiet():
+    with replaced(int8) as aside, quiet():
         # A CPU without VNNI (this includes every AVX2 laptop) adds pairs of u8 x s8 products in 16
         # bits, which saturate beyond 2 x 255 x 64: `reduce_range` keeps weights to 7 bits, so that
         # the file says the same everywhere. A scale per output channel more than makes up for it.
@@ -241,7 +242,7 @@ def _looks_up(node: onnx.NodeProto) -> bool:
     return node.op_type == "Gather" and all(a.i == 0 for a in node.attribute if a.name == "axis")
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -262,7 +263,7 @@ def _eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing here is a user's business: deprecations inside the exporters, torchvision that is
     not there, names of axes that the exporter merges."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]

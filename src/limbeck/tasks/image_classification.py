@@ -27,13 +27,23 @@ from limbeck.recipe import Recipe
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import replaced, write_json
 from limbeck.tasks.image_files import ImageTable, read_images
-from limbeck.tasks.images import Unreadable, augmented, drawn, pixels_of, tensor_of, transform
+from limbeck.tasks.images import (
+    PREPROCESSING,
+    Unreadable,
+    augmented,
+    drawn,
+    pixels_of,
+    tensor_of,
+    transform,
+)
 from limbeck.tasks.splits import check_labels, hold_out, limited
 from limbeck.types import Batch, Input
 
-PREPROCESSING = "preprocessing.json"
 _CLASSIFIERS = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # by model_type
 _ALLOWED = "a folder with the config.json and model.safetensors of an image classifier"
+_OVERHEAD = {  # ResNets of 3 to 6 blocks, and some bytes on the safe side
+    "hf": (6_000, 2_500), "onnx-fp32": (8_000, 2_000), "onnx-int8": (6_000, 5_000),
+}  # fmt: skip
 _CHUNK = 256  # images decoded at a time
 _NAMED = 5  # damaged images that a warning names
 
@@ -165,8 +175,7 @@ class ImageClassification:
         return (Input(name="pixel_values", dims=dims, free=(None,) * 3),)
 
     def overhead(self, format: str) -> tuple[int, int]:
-        # ResNets and ConvNeXts of 2 to 12 blocks, some bytes on the safe side
-        return {"hf": (4_000, 2_000), "onnx-fp32": (2_000, 1_000)}.get(format, (8_000, 6_000))
+        return _OVERHEAD[format]
 
     def preprocessing(self, model: Path) -> Mapping[str, Any]:  # noqa: ARG002 for any alike
         views = self.spec.augment.model_dump() if self.spec.augment else None
@@ -258,7 +267,7 @@ class _Found:
         if self.converted:
             said.append(f"{self.converted} images had other channels and were converted.")
         if twins:
-            said.append(f"{twins} images of the test rows are pixel for pixel in the training rows.")
+            said.append(f"{twins} images of the test rows are pixel for pixel training images.")
         return said
 
 

@@ -82,8 +82,8 @@ def _of_folder(path: Path, spec: DataSpec, where: str) -> ImageTable:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
         if not files:
             raise DataError(
-                where, f"{folder} holds no image", allowed=f"files that end in {', '.join(SUFFIXES)}",
-                fix="fill or remove it",
+                where, f"{folder} holds no image",
+                allowed=f"files that end in {', '.join(SUFFIXES)}", fix="fill or remove it",
             )  # fmt: skip
         contents += files
         labels += [named_label(folder.name, spec, where)] * len(files)

@@ -20,6 +20,8 @@ from limbeck.errors import DataError, MissingExtraError
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.tasks.image_files import Content
 
+PREPROCESSING = "preprocessing.json"  # beside a model
+
 # What Pillow may take a file for: none of these starts another program or follows a link.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 _MOST_PIXELS = 80_000_000  # of an encoded image: a camera has 50, a bomb thousands of millions
