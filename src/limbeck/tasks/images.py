@@ -91,7 +91,8 @@ def _converted(Image: Any, image: Any, task: ImageTask, where: str) -> Any:
         )  # fmt: skip
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(opaque, image)
     return image.convert(wanted)
 
 
@@ -143,7 +144,7 @@ def augmented(pixels: np.ndarray, draws: Sequence[tuple[int, int, int]]) -> np.n
 def tensor_of(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, S, S, C) uint8 -> (B, C, S, S) float32, channels last in memory: convolutions are faster
     so."""
-    values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
+    values = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float()
     shift, scale = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
     return values.div_(255).sub_(shift).div_(scale)
 
