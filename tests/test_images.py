@@ -58,7 +58,8 @@ def encoded(array: np.ndarray, format: str = "png") -> bytes:
 
 
 def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return head + array.tobytes()
 
 
 # Sources
@@ -228,8 +229,8 @@ def test_a_bomb_is_refused_before_it_is_unpacked(pictures, tmp_path):
 
 
 def test_an_image_in_the_name_of_a_program_is_not_run(pictures, tmp_path):
-    (pictures / "kind 0" / "000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(DataError, match="cannot identify"):
+    (pictures / "kind 0" / "000.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n")
+    with pytest.raises(DataError, match="cannot identify image file;"):
         prepared(tmp_path, pictures, recipe())
 
 

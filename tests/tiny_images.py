@@ -1,4 +1,4 @@
-"""A whole run's inputs in a folder: tiny images of three classes, a recipe, no model but a config."""
+"""A whole run's inputs in a folder: tiny images of three classes, and a teacher's config."""
 
 from pathlib import Path
 

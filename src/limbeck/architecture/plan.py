@@ -67,11 +67,11 @@ def candidates(
     """
     proved = usable(axes)
     depths = [axis for axis in stacks(proved) if axis.name != "layers"]
-    found = []
-    for sizes in _widths(proved):
-        for kept in _depths(proved, depths):
-            found.append(_candidate(shapes, proved, sizes, kept, depths, format, overhead))
-    return found
+    return [
+        _candidate(shapes, proved, sizes, kept, depths, format, overhead)
+        for sizes in _widths(proved)
+        for kept in _depths(proved, depths)
+    ]
 
 
 def _candidate(
@@ -102,8 +102,8 @@ def _candidate(
 
 
 def _widths(axes: Sequence[Axis]) -> list[dict[str, int]]:
-    """Heads with their key/value heads are better kept, a vocabulary's rows have names, and of other
-    axes nobody knows the harm: all of these stay as they are."""
+    """Heads with their key/value heads are better kept, a vocabulary's rows have names, and of
+    other axes nobody knows the harm: all of these stay as they are."""
     coupled = {name for axis in axes for name in axis.coupled}
     open_ = [a for a in axes if a.groups and a.name not in coupled and not a.labels]
     staged = [a for a in open_ if all(float(n).is_integer() for n in a.fields.values())]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
+from limbeck.export.snippets import kind_of
 from limbeck.report.wording import (
     BUDGETS,
     budget_value,
@@ -53,9 +54,9 @@ def model_card(report: Report, student: StudentEntry, *, teacher: Origin, data: 
     Its two snippets work as they stand when they are run in the folder that the card lies in.
     """
     parts = [
-        f"---\n{_front_matter(teacher)}---",
+        f"---\n{_front_matter(report, teacher)}---",
         f"# {_plain(student.name)}",
-        f"A text classifier of {count_text(student.params)} parameters"
+        f"{kind_of(report.recipe).noun} of {count_text(student.params)} parameters"
         + (f" and {len(report.labels)} classes" if report.labels else "")
         + f", distilled from {_plain(report.teacher.name)} by Limbeck {_plain(report.limbeck)}.",
         _table(("", ""), _origins(report, student, teacher, data)),
@@ -78,13 +79,14 @@ def model_card(report: Report, student: StudentEntry, *, teacher: Origin, data: 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(teacher: Origin) -> str:
+def _front_matter(report: Report, teacher: Origin) -> str:
+    tag = kind_of(report.recipe).tag
     fields: dict[str, Any] = {
         "license": _licence_id(teacher.licence),
         "base_model": teacher.uri if teacher.origin == "hub" else None,
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "tags": ["limbeck", "knowledge-distillation", "text-classification"],
+        "pipeline_tag": tag,
+        "tags": ["limbeck", "knowledge-distillation", tag],
         "metrics": ["accuracy"],
     }
     given = {key: value for key, value in fields.items() if value is not None}
@@ -111,14 +113,9 @@ def _origins(
         ("shape", shape_text(student.shape)),
         ("why this shape", student.reason),
     ]
-    if tokens := _max_tokens(report):
-        rows.append(("input", f"at most {tokens} tokens, special tokens included; the rest is cut"))
+    if takes := kind_of(report.recipe).takes(report.recipe.get("task", {})):
+        rows.append(("input", takes))
     return rows
-
-
-def _max_tokens(report: Report) -> int | None:
-    tokens: int | None = report.recipe.get("task", {}).get("max_tokens")
-    return tokens
 
 
 def _kept(report: Report, student: StudentEntry) -> str:
@@ -179,14 +176,14 @@ def _conditions(report: Report, student: StudentEntry) -> str:
 
 
 def _snippets(report: Report, student: StudentEntry) -> Sequence[str]:
-    parts = ["In this folder, with transformers:", f"```python\n{_TRANSFORMERS}```"]
+    kind = kind_of(report.recipe)
+    parts = ["In this folder, with transformers:", f"```python\n{kind.transformers}```"]
     here, file = student.artifact("hf"), student.main
     if not file.format.startswith("onnx"):
         file = next((a for a in student.artifacts if a.format.startswith("onnx")), file)
     if here and file.format.startswith("onnx"):
         path = json.dumps(os.path.relpath(file.path, here.path))
-        cut = f"tokenizer.enable_truncation({_max_tokens(report)})\n" if _max_tokens(report) else ""
-        code = _ONNX.replace("PATH", path).replace("CUT\n", cut)
+        code = kind.onnx(report.recipe.get("task", {})).replace("PATH", path)
         parts += [f"With ONNX Runtime, and no torch ({file.format}):", f"```python\n{code}```"]
     return parts
 
@@ -217,35 +214,3 @@ def _plain(text: str) -> str:
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*\[\]])|(?<!\w)_|_(?!\w)", lambda found: "\\" + found[0], text)
 
-
-_TRANSFORMERS = """\
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForSequenceClassification.from_pretrained(".").eval()
-inputs = tokenizer("Your text", truncation=True, return_tensors="pt")
-with torch.inference_mode():
-    probabilities = model(**inputs).logits.softmax(-1)[0]
-best = int(probabilities.argmax())
-print(model.config.id2label[best], f"{probabilities[best]:.3f}")
-"""
-
-_ONNX = """\
-import json
-
-import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-tokenizer = Tokenizer.from_file("tokenizer.json")
-CUT
-with open("config.json", encoding="utf-8") as file:
-    labels = json.load(file)["id2label"]
-session = onnxruntime.InferenceSession(PATH)
-ids = np.array([tokenizer.encode("Your text").ids], dtype=np.int64)
-(logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
-probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-best = int(logits.argmax())
-print(labels[str(best)], f"{probabilities[best]:.3f}")
-"""

@@ -1,5 +1,5 @@
-"""An ONNX file in int8 with ranges of activations that are fixed beforehand: for convolutions, which
-gain nothing from ranges that are found anew at each call."""
+"""An ONNX file in int8 with ranges of activations that are fixed beforehand: for convolutions,
+which gain nothing from ranges that are found anew at each call."""
 
 from __future__ import annotations
 

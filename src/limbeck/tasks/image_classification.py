@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -281,7 +282,8 @@ def _write(
     hashes: set[bytes] = set()
     rows = 0
     chunks = [at[start : start + _CHUNK] for start in range(0, len(at), _CHUNK)]
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema) as writer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of files that are a little wrong
         for chunk, decoded in zip(
             chunks, on_each(partial(_decode, table, spec, where), chunks), strict=True
         ):

@@ -7,7 +7,7 @@ need nothing.
 from __future__ import annotations
 
 import io
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,22 +47,18 @@ def pixels_of(content: Content, task: ImageTask, where: str) -> tuple[np.ndarray
         if task.convert:
             return np.repeat(content[..., None], 3, axis=2), True
     Image, ImageOps = _pillow(where)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of files that are a little wrong
-        try:
-            image = _opened(Image, content)
-            if image.width * image.height > _MOST_PIXELS:
-                raise Unreadable(
-                    f"{image.width:,} x {image.height:,} pixels, more than {_MOST_PIXELS:,}"
-                )
-            image.load()
-            image = ImageOps.exif_transpose(image)  # as the camera was held
-        except Unreadable:
-            raise
-        except Image.DecompressionBombError as error:
-            raise Unreadable(str(error)) from None
-        except Exception as error:  # each format has its own
-            raise Unreadable(str(error).splitlines()[0][:120] or repr(error)) from None
+    try:
+        image = _opened(Image, content)
+        if image.width * image.height > _MOST_PIXELS:
+            found = f"{image.width:,} x {image.height:,} pixels, more than {_MOST_PIXELS:,}"
+            raise Unreadable(found)
+        image.load()
+        image = ImageOps.exif_transpose(image)  # as the camera was held
+    except Unreadable:
+        raise
+    except Exception as error:  # each format has its own
+        said = (str(error).splitlines() or [repr(error)])[0][:120]
+        raise Unreadable(re.sub(r" <_io\.[^>]*>", "", said)) from None  # an address in memory
     converted = image.mode != _MODES[task.channels]
     if converted:
         image = _converted(Image, image, task, where)
@@ -72,8 +68,8 @@ def pixels_of(content: Content, task: ImageTask, where: str) -> tuple[np.ndarray
 def _opened(Image: Any, content: Content) -> Any:
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    source = io.BytesIO(content) if isinstance(content, bytes) else content
-    return Image.open(source, formats=_FORMATS)
+    encoded = content if isinstance(content, bytes) else content.read_bytes()
+    return Image.open(io.BytesIO(encoded), formats=_FORMATS)
 
 
 def _converted(Image: Any, image: Any, task: ImageTask, where: str) -> Any:
