@@ -230,7 +230,9 @@ class _Still:
     def _for_plan(self, student: StudentSpec, space: Made) -> list[Any]:
         recipe = self.recipe
         inputs: list[Any] = [space.digest, student.budget, recipe.export.primary]
-        return [*inputs, recipe.task, recipe.measure] if student.budget.latency_ms else inputs
+        budget = student.budget
+        timed = budget.latency_ms or budget.energy_mj or budget.memory_mb
+        return [*inputs, recipe.task, recipe.measure] if timed else inputs
 
     def _planning(self, ground: Ground) -> Any:
         """One for all students: what was timed for one serves the next."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from limbeck._startup import prepare_torch
 from limbeck.architecture.plan import Candidate, plan_student
 from limbeck.elastic import Sampling
-from limbeck.errors import RunFolderError
+from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
@@ -116,19 +116,25 @@ def look(
                 }
             )  # fmt: skip
             bar.advance(1)
-    write_json(folder / FRONTIER, found)
+    teacher = task.load(places.teacher, where="teacher").eval()
+    loss, accuracy = loss_and_accuracy(rows, teacher)
+    theirs = {"accuracy": accuracy, "loss": loss, "n": len(rows)}
+    write_json(folder / FRONTIER, {"teacher": theirs, "shapes": found})
 
 
 def plan_cut(folder: Path, student: StudentSpec, planner: Planner, frontier: Path) -> None:
     """`plan.json` of a student that is cut between trained sizes: of those within its budget the
-    one with the least loss on the validation rows.
+    one with the least loss on the validation rows, or the smallest that keeps what it shall.
 
     Raises RecipeError where none is within.
     """
     plan, entry, considered = _choose(student, planner, frontier)
+    which = "the one within its budget with the least loss"
+    if student.budget.retention:
+        which = f"the smallest that keeps {student.budget.retention:.1%} of the teacher's accuracy"
     reason = (
-        f"Not trained: of {considered} shapes at and between the trained sizes the one within its "
-        f"budget with the least loss on {entry['n']:,} validation rows."
+        f"Not trained: of {considered} shapes at and between the trained sizes {which} on "
+        f"{entry['n']:,} validation rows."
     )
     write_json(folder / "plan.json", asdict(plan) | {"reason": reason, "timed": planner.timed()})
 
@@ -137,13 +143,32 @@ def _choose(
     student: StudentSpec, planner: Planner, frontier: Path
 ) -> tuple[StudentPlan, dict[str, Any], int]:
     """The plan, what the frontier says of its shape, and how many shapes there were."""
-    seen = {_key(_shape(e["shape"])): e for e in read_json(frontier / FRONTIER)}
+    looked = read_json(frontier / FRONTIER)
+    seen = {_key(_shape(e["shape"])): e for e in looked["shapes"]}
     space = [c for c in planner.space if _candidate_key(c) in seen]
+    where, considered = f"recipe.students.{student.name}.budget", len(space)
+
+    if (share := student.budget.retention) is not None:
+        theirs = looked["teacher"]["accuracy"]
+        kept = {c.key: seen[_candidate_key(c)]["accuracy"] / theirs for c in space}
+        most = max(kept.values())
+        space = [c for c in space if kept[c.key] >= share]
+        if not space:
+            raise RecipeError(
+                f"{where}.retention", f"no shape keeps {share:.1%}",
+                allowed=f"up to {most:.1%}, on the validation rows", fix="ask for less",
+            )  # fmt: skip
+
+    def rank(candidate: Candidate) -> float:
+        if share is not None:
+            return -float(candidate.params)
+        return -float(seen[_candidate_key(candidate)]["loss"])
+
     plan = plan_student(
-        student, f"recipe.students.{student.name}.budget", space, planner.axes, planner.layers_of,
-        planner.latency, rank=lambda c: -float(seen[_candidate_key(c)]["loss"]),
+        student, where, space, planner.axes, planner.layers_of, planner.costs, rank=rank,
+        watts=planner.recipe.measure.watts,
     )  # fmt: skip
-    return plan, seen[_key(plan.shape)], len(space)
+    return plan, seen[_key(plan.shape)], considered
 
 
 def cut_or_extract(family: Family, shape: Shape) -> nn.Module:
@@ -175,18 +200,20 @@ class LoadedFamily:
         return {name: size.shape for name, size in self.family.sizes.items()}
 
     def cut(
-        self, *, params: int | str | None = None, size_mb: float | None = None,
-        latency_ms: float | None = None,
-    ) -> nn.Module:  # fmt: skip
-        """The best model within the budget, in eval mode, with weights of its own. `params` may be
-        '3M' or '450k'. Raises RecipeError where no shape keeps it."""
-        budget = {"params": _count(params), "size_mb": size_mb, "latency_ms": latency_ms}
+        self, *, params: int | str | None = None, **budget: float
+    ) -> nn.Module:
+        """The best model within the budget, in eval mode, with weights of its own.
+
+        `params` may be '3M' or '450k'; the other limits are those of a recipe's budget. Raises
+        RecipeError where no shape keeps them, pydantic's ValidationError for what is no limit.
+        """
+        budget |= {"params": _count(params)} if params is not None else {}
         student = StudentSpec.model_validate({"name": "cut", "budget": budget, "trained": False})
         shape = _choose(student, self._planner, self._frontier)[0].shape
         return cut_or_extract(self.family, shape)
 
 
-def _count(value: int | str | None) -> int | None:
+def _count(value: int | str) -> int:
     """'3M' is 3,000,000. Raises ValueError for what is no number."""
     if not isinstance(value, str):
         return value

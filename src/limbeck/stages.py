@@ -27,7 +27,8 @@ from limbeck.architecture.importance import importance, load_importance
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.plan import (
     Candidate,
-    LatencyModel,
+    CostModel,
+    Sample,
     candidates,
     plan_student,
     within_budget,
@@ -236,13 +237,14 @@ class Planner:
         self.axes = read_axes(places)
         self.scores = load_importance(places.space / "importance.safetensors").layers
         self.space = space_of(self.task, self.config, self.axes, recipe.export.primary)
-        self.latency = LatencyModel(self._time)
+        self.costs = CostModel(self._time)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
         plan = plan_student(
-            student, where, self.space, self.axes, self.layers_of, self.latency
-        )
+            student, where, self.space, self.axes, self.layers_of, self.costs,
+            watts=self.recipe.measure.watts,
+        )  # fmt: skip
         exact = shape_parameters(self.config, self.task.build, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
         write_json(folder / "plan.json", asdict(plan) | {"timed": self.timed()})
@@ -254,10 +256,11 @@ class Planner:
 
     def timed(self) -> list[dict[str, Any]]:
         return [
-            {"shape": dict(key), "latency_ms": t} for key, (_, t) in self.latency.measured.items()
+            {"shape": dict(key), **asdict(sample)}
+            for key, (_, sample) in self.costs.measured.items()
         ]
 
-    def _time(self, candidate: Candidate) -> float:
+    def _time(self, candidate: Candidate) -> Sample:
         shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.task, self.config, self.axes, shape)
@@ -271,8 +274,8 @@ def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[
 
 def time_shape(
     recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape
-) -> float:
-    """Median ms of a random-weight model of this shape, through the real export and runtime."""
+) -> Sample:
+    """Of a random-weight model of this shape, through the real export and runtime."""
     torch.manual_seed(0)
     own = student_config(config, axes, shape)
     model = task.build(own).eval()
@@ -287,7 +290,7 @@ def time_shape(
             path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
             runs=recipe.measure.latency_runs,
         )  # fmt: skip
-    return timing.latency_ms
+    return Sample(timing.latency_ms, timing.peak_memory_bytes / 1e6)
 
 
 def read_plan(folder: Path) -> StudentPlan:

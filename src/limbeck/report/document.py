@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
 
-BudgetKey = Literal["params", "size_mb", "latency_ms"]
+BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
 
 
 class Quality(Spec):
@@ -143,18 +143,24 @@ class BudgetEntry(Spec):
     """What a student might cost at most, and what it was measured to cost."""
 
     asked: dict[BudgetKey, int | float] = Field(min_length=1)
-    """Upper limits, as the recipe says."""
+    """Limits, as the recipe says: upper ones, but for `retention`."""
     measured: dict[BudgetKey, int | float | None]
     """The same keys; null: could not be measured, so not met."""
+    predicted: dict[BudgetKey, int | float] = Field(default_factory=dict)
+    """What the plan said before any training, where it said anything."""
     met: bool
     """Whether every limit holds."""
 
     @classmethod
     def of(
-        cls, asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]
-    ) -> BudgetEntry:
+        cls, asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None],
+        predicted: Mapping[BudgetKey, float] | None = None,
+    ) -> BudgetEntry:  # fmt: skip
         """With `met` as the numbers say."""
-        return cls(asked={**asked}, measured={**measured}, met=_met(asked, measured))
+        return cls(
+            asked={**asked}, measured={**measured}, predicted={**(predicted or {})},
+            met=_met(asked, measured),
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _says_what_the_numbers_say(self) -> Self:
@@ -166,8 +172,14 @@ class BudgetEntry(Spec):
 
 
 def _met(asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]) -> bool:
-    found = {key: measured.get(key) for key in asked}
-    return all(value is not None and value <= asked[key] for key, value in found.items())
+    return all(holds(key, limit, measured.get(key)) for key, limit in asked.items())
+
+
+def holds(key: str, limit: float, found: float | None) -> bool:
+    """Whether a limit is kept; what was not measured is not."""
+    if found is None:
+        return False
+    return found >= limit if key == "retention" else found <= limit
 
 
 class Fidelity(Spec):

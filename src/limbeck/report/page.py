@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
-from limbeck.report.document import Capability, Report, StudentEntry
+from limbeck.report.document import (
+    Capability,
+    Report,
+    StudentEntry,
+    holds,
+)
 from limbeck.report.figures import (
     frontier_figure,
     importance_figure,
@@ -29,6 +34,7 @@ from limbeck.report.tables import (
 from limbeck.report.tags import scroll, section, sheet, text, words
 from limbeck.report.wording import (
     BUDGETS,
+    bound,
     budget_value,
     bytes_text,
     count_text,
@@ -138,12 +144,12 @@ def _card(report: Report, index: int, student: StudentEntry) -> str:
     rows = "".join(f"<li><b>{text(a)}</b><span>{text(b)}</span></li>" for a, b in facts)
     for key, limit in student.budget.asked.items():
         found = student.budget.measured[key]
-        met = found is not None and found <= limit
+        met = holds(key, limit, found)
         mark = '<b class="ok">✓' if met else '<b class="not">✗'
         brief, briefly = _brief(key, found), _brief(key, limit)
         if brief == briefly:  # a narrow thing is written out
             brief, briefly = budget_value(key, found), budget_value(key, limit)
-        said, at_most = f"{BUDGETS[key]} {brief}", f"at most {briefly}"
+        said, at_most = f"{BUDGETS[key]} {brief}", f"{bound(key)} {briefly}"
         rows += f"<li>{mark} {text(said)}</b><span>{text(at_most)}</span></li>"
     kept, about = "–", "retention not measured"
     if student.retention:
