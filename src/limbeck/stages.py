@@ -237,7 +237,7 @@ class Planner:
         self.axes = read_axes(places)
         self.scores = load_importance(places.space / "importance.safetensors").layers
         self.space = space_of(self.task, self.config, self.axes, recipe.export.primary)
-        self.costs = CostModel(self._time)
+        self.costs = CostModel(self.measured)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
@@ -260,7 +260,7 @@ class Planner:
             for key, (_, sample) in self.costs.measured.items()
         ]
 
-    def _time(self, candidate: Candidate) -> Sample:
+    def measured(self, candidate: Candidate) -> Sample:
         shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.task, self.config, self.axes, shape)

@@ -210,7 +210,7 @@ def plan_student(
     ranked = sorted(space, key=lambda c: (-rank(c), c.params))
     limits = timed_limits(student.budget, watts)
     if limits and not costs.measured:
-        for anchor in _anchors(space):
+        for anchor in anchors(space):
             costs.measure(anchor)
     best = _choose(where, student.budget, limits, ranked, costs)
     predicted = costs.predict(best) if costs.measured else None
@@ -226,7 +226,7 @@ def plan_student(
     )
 
 
-def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
+def anchors(space: Sequence[Candidate]) -> list[Candidate]:
     """Three small and different shapes: enough for three weights, quick to export."""
     work = sorted(space, key=lambda c: c.matrix_params_per_layer)
     deepest = max(c.num_layers for c in space)
