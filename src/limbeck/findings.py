@@ -29,6 +29,7 @@ from limbeck.report import (
     StudentEntry,
     TeacherEntry,
     TrainingPoint,
+    UnitImportance,
 )
 from limbeck.run import Made, Run, write_text
 
@@ -80,6 +81,7 @@ def assemble(
         labels=tuple(about["labels"]),
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
+        unit_importance=tuple(map(UnitImportance.model_validate, survey["unit_importance"])),
         warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )
 

@@ -28,6 +28,8 @@ from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved
 from limbeck.sources import fetch
 
+_SURVEY = 2  # the format of what the stage `architecture` leaves
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -207,7 +209,7 @@ class _Still:
 
     def space(self, base: Made, data: Made) -> Made:
         return self.run.stage(
-            "architecture", [base.digest, data.digest, self.recipe.seed],
+            "architecture", [_SURVEY, base.digest, data.digest, self.recipe.seed],
             lambda at: stages.survey(
                 at, self.recipe, base.folder, data.folder, self.progress
             ),

@@ -23,7 +23,7 @@ from limbeck.architecture.cut import (
     shape_parameters,
     student_config,
 )
-from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.importance import described, importance, load_importance
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.plan import (
     Candidate,
@@ -144,6 +144,7 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     summary = {
         "layer_importance": rises,
+        "unit_importance": described(axes, scores),
         "base_params": num_parameters(model),
         "shapes": shapes,
         "axes": [

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
 
@@ -121,24 +122,6 @@ class TeacherEntry(Spec):
         return next(a for a in self.artifacts if a.format == self.primary)
 
 
-class ShapeEntry(Spec):
-    """A student's size along each axis (`hidden`, `ffn`, ...), and the layers it keeps."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, int]
-
-    layers: tuple[int, ...]
-    """Indices of the teacher's layers that were kept, ascending."""
-
-    @classmethod
-    def of(cls, sizes: Mapping[str, int], layers: tuple[int, ...]) -> ShapeEntry:
-        return cls.model_validate({"layers": layers, **sizes})
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return dict(self.__pydantic_extra__)
-
-
 class BudgetEntry(Spec):
     """What a student might cost at most, and what it was measured to cost."""
 
@@ -240,27 +223,6 @@ class StudentEntry(TeacherEntry):
     """false: cut between the trained sizes of an elastic run."""
 
 
-class FrontierPoint(Spec):
-    """A shape of an elastic run: a trained size, or one between."""
-
-    name: str | None = None
-    """Of the student that has it."""
-    trained: bool
-    """Whether the run taught it, or only what it shares with those that it taught."""
-    shape: ShapeEntry
-    """What it keeps."""
-    params: int = Field(ge=1)
-    """Its parameters."""
-    size_mb: float = Field(gt=0)
-    """Of the primary file, as predicted, 10^6 bytes."""
-    quality: float
-    """On validation rows, fp32; a fraction. No row of it was held out from choosing."""
-    loss: float
-    """Mean cross-entropy on these rows, nats."""
-    n: int = Field(ge=1)
-    """Validation rows."""
-
-
 class Environment(Spec):
     """Where the numbers were made."""
 
@@ -340,6 +302,8 @@ class Report(Spec):
     """Of an elastic run, the largest first."""
     layer_importance: tuple[float, ...] | None = None
     """By the teacher's layer; more is more important."""
+    unit_importance: tuple[UnitImportance, ...] = ()
+    """Of the axes that can be cut."""
     warnings: tuple[str, ...] = ()
     """What a reader must know, in plain sentences."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
+from limbeck.report.anatomy import unit_figures
 from limbeck.report.document import (
     Capability,
     Report,
@@ -76,7 +77,8 @@ def _sections(report: Report) -> Iterator[str]:
     yield section("What it costs", "", scatters(report))
     if report.frontier:
         said = "One set of weights holds all of these sizes: the smaller are parts of the larger."
-        yield section("Between the sizes", said, frontier_figure(report))
+        drawn = f'<div class="grid wide">{frontier_figure(report)}</div>'
+        yield section("Between the sizes", said, drawn)
     if any(student.capabilities for student in report.students):
         yield section("What each student kept", _kept_words(report), _kept(report))
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
@@ -87,10 +89,14 @@ def _sections(report: Report) -> Iterator[str]:
     yield section("All numbers", said, _sheet(models_table(report), "Teacher and students"))
     if curves := training_figures(report):
         yield section("Training", "", curves)
-    charts = stages_figure(report) if report.stages else ""
-    charts += importance_figure(report) if report.layer_importance else ""
+    charts = importance_figure(report) if report.layer_importance else ""
+    charts += unit_figures(report)
     if charts:
-        yield section("Where the time went", "", f'<div class="grid wide">{charts}</div>')
+        said = "Measured on training rows before anything was cut; the most important is kept."
+        yield section("What carries the skill", said, f'<div class="grid wide">{charts}</div>')
+    if report.stages:
+        charts = f'<div class="grid wide">{stages_figure(report)}</div>'
+        yield section("Where the time went", "", charts)
     yield section("Files", "", _sheet(files_table(report), "Files"))
     yield _repeat(report)
 
