@@ -13,8 +13,9 @@ LAYERS = (
     {"recipe", "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses"},
     {"recipe_file"},
     {"run"},
-    {"models", "sources", "cache", "archives"},
-    {"heads"},
+    {"models", "sources", "cache", "archives", "fast_tokenizer"},
+    {"gguf_source"},
+    {"heads", "causal"},
     {"observe", "layermap", "vocabulary"},
     {"features"},
     {
