@@ -96,7 +96,7 @@ class Encoder:
                 and whole.startswith(answered) and len(answered) > len(asked)
             ):  # fmt: skip
                 raise DataError(
-                    at, f"the chat template writes answer {number + 1} otherwise once it is known "
+                    at, f"the chat template writes message {number + 1} otherwise once it is known "
                     "or once more follows", allowed="a template that only ever adds to its text",
                     fix="keep one answer, the last; or use another template",
                 )  # fmt: skip
