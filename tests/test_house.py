@@ -22,7 +22,7 @@ LAYERS = (
         "objective", "balance", "temperature", "tasks", "signals", "teachers", "architecture",
         "energy", "linear", "report",
     },
-    {"family", "shared_adamw"},
+    {"family", "shared_adamw", "trimming"},
     {"step", "elastic", "train", "export", "measure", "runtime", "runtime_worker"},
     {"findings", "stages", "teaching", "evaluation", "trying"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
