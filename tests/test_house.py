@@ -23,7 +23,10 @@ LAYERS = (
         "energy", "linear", "report",
     },
     {"family", "shared_adamw", "trimming"},
-    {"step", "elastic", "train", "export", "measure", "runtime", "runtime_worker"},
+    {
+        "step", "elastic", "train", "export", "measure", "measure_language", "generating",
+        "runtime", "runtime_worker",
+    },
     {"findings", "stages", "teaching", "evaluation", "trying"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
