@@ -9,10 +9,10 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 import tiny_language
-from limbeck.causal import causal_folder, load_causal
+from limbeck.causal import causal_folder, load_causal, unpack_gguf
 from limbeck.errors import SourceError
 from limbeck.export.gguf import splitting_name, write_gguf
-from limbeck.gguf_source import read_header, unpack_gguf
+from limbeck.gguf_source import read_header
 from limbeck.models import load_tokenizer
 from tiny_language import log_probs
 

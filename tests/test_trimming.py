@@ -16,10 +16,10 @@ from limbeck.architecture.axes import find_axis
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
-from limbeck.causal import load_causal
+from limbeck.causal import load_causal, save_causal
 from limbeck.errors import SourceError
 from limbeck.models import load_tokenizer
-from limbeck.trimming import choose_tokens, count_tokens, save_trimmed, trim_model, trim_tokenizer
+from limbeck.trimming import choose_tokens, count_tokens, trim_model, trim_tokenizer
 
 DOMAIN = "the old man and the sea; theology 12"
 
@@ -186,7 +186,7 @@ def test_ids_of_the_config_are_renamed_and_the_folder_loads(tmp_path):
     trim = choose_tokens(tokenizer, counts, where="x")
     student = trim_model(model, trim, build)
     small = trim_tokenizer(tokenizer, trim, where="x")
-    save_trimmed(student, small, tmp_path / "s")
+    save_causal(student, small, tmp_path / "s")
     back, again = load_causal(tmp_path / "s", where="x"), load_tokenizer(tmp_path / "s", where="x")
     place = trim.kept.index(last)
     assert place < last and back.config.vocab_size == len(again) == len(trim.kept)

@@ -1,14 +1,15 @@
-"""Language models that continue text: from a folder or a GGUF file to a model that is trained."""
+"""Language models that continue text: from a folder or a GGUF file to a model, and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from limbeck.errors import SourceError
-from limbeck.gguf_source import unpack_gguf
+from limbeck.gguf_source import GGUFHeader, read_gguf
 from limbeck.models import load_model
 
 _DECODERS = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
@@ -30,6 +31,32 @@ def causal_folder(path: Path, aside: Path, *, where: str) -> Path:
         )  # fmt: skip
     unpack_gguf(files[0], aside, where=where)
     return aside
+
+
+def unpack_gguf(
+    file: Path, folder: Path, *, where: str, dtype: Literal["fp32", "bf16"] = "fp32"
+) -> GGUFHeader:
+    """Write the file's model into `folder`. Raises what `read_gguf` does."""
+    model, tokenizer, header = read_gguf(file, where=where, dtype=dtype)
+    save_causal(model, tokenizer, folder)
+    return header
+
+
+def save_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As `load_causal` and `load_tokenizer` read it, and anybody else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    used_cache, config.use_cache = config.use_cache, True  # as users of the folder expect
+    config._name_or_path = ""  # where it lay on this machine
+    config.architectures = [type(model).__name__]
+    tokenizer.name_or_path = ""
+    try:
+        model.save_pretrained(folder)
+    finally:
+        config.use_cache = used_cache
+    tokenizer.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
 
 
 def load_causal(folder: Path, *, where: str) -> PreTrainedModel:

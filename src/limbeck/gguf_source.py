@@ -1,4 +1,4 @@
-"""A GGUF file as a plain transformers folder: safetensors, config, tokenizer, chat template.
+"""A GGUF file as transformers' model and tokenizer, with its chat template.
 
 The file is checked before a library sees it: its own numbers say where each tensor ends, and a
 file that is cut short or names what does not exist is refused with a sentence. transformers then
@@ -25,7 +25,12 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from limbeck.errors import MissingExtraError, SourceError
 from limbeck.fast_tokenizer import rebuilt
@@ -71,10 +76,10 @@ class GGUFHeader:
         return str(found) if found else None
 
 
-def unpack_gguf(
-    file: Path, folder: Path, *, where: str, dtype: Literal["fp32", "bf16"] = "fp32"
-) -> GGUFHeader:
-    """Write the file's model into `folder`, as `from_pretrained` and `load_tokenizer` read it.
+def read_gguf(
+    file: Path, *, where: str, dtype: Literal["fp32", "bf16"] = "fp32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, GGUFHeader]:
+    """The file's model, dequantised, its tokenizer, and what it says of itself.
 
     Raises SourceError for a file that is damaged, cut short or of an architecture or tokenizer that
     is not supported; MissingExtraError without the extra 'lm'.
@@ -88,12 +93,7 @@ def unpack_gguf(
             where, f"{file.name} has {len(tokenizer)} tokens and {model.config.vocab_size} "
             "embeddings", allowed=_ALLOWED, fix=_AGAIN,
         )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
-    tokenizer.save_pretrained(folder)
-    return header
+    return model, tokenizer, header
 
 
 def read_header(file: Path, *, where: str) -> GGUFHeader:
@@ -241,11 +241,9 @@ def _model(file: Path, header: GGUFHeader, where: str, dtype: torch.dtype) -> An
         )  # fmt: skip
     del model.config.quantization_config  # of how it was read: from now on it is plain
     model.hf_quantizer = None
-    model.config._name_or_path = ""
     if hasattr(model.config, "_model_name_or_path"):
         del model.config._model_name_or_path
-    model.config.architectures = [type(model).__name__]
-    return model
+    return model.eval()
 
 
 def _tokenizer(file: Path, header: GGUFHeader, where: str) -> PreTrainedTokenizerBase:

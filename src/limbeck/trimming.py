@@ -21,13 +21,12 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.architecture.axes import Axis, find_axis, permuted
@@ -99,7 +98,7 @@ def trim_tokenizer(
 
 def trim_model(
     model: PreTrainedModel, trim: Trim, build: Build, axes: Sequence[Axis] = ()
-) -> nn.Module:
+) -> PreTrainedModel:
     """A model of its own with the kept rows, ids of its config renamed; in eval mode.
 
     Along the `vocab` axis where one of the proved `axes` is that; otherwise the rows of
@@ -117,7 +116,7 @@ def trim_model(
         state = permuted(model.state_dict(), axis.groups, {g.name: order for g in axis.groups})
         shape = full_shape(axes)
         sizes = {**shape.sizes, axis.name: len(trim.kept)}
-        student = build_student(
+        student: Any = build_student(
             config, build, axes, Shape(sizes, shape.layers, shape.stacks), state
         )
     else:
@@ -128,21 +127,6 @@ def trim_model(
         student.generation_config = copy.deepcopy(model.generation_config)
         _rename(student.generation_config, trim)
     return student.eval()
-
-
-def save_trimmed(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """As `load_causal` and `load_tokenizer` read it."""
-    assert isinstance(model, PreTrainedModel)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.use_cache = True  # as users of the folder expect
-    model.config._name_or_path = ""
-    model.config.architectures = [type(model).__name__]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
 
 
 @torch.no_grad()
