@@ -55,8 +55,8 @@ def save_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     finally:
         config.use_cache = used_cache
     tokenizer.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
 
 
 def load_causal(folder: Path, *, where: str) -> PreTrainedModel:
