@@ -35,11 +35,11 @@ from limbeck.architecture.cut import keep_layers, sort_units
 from limbeck.architecture.importance import load_importance
 from limbeck.elastic import Sampling
 from limbeck.family import Family
-from limbeck.models import build_classifier, load_classifier
+from limbeck.models import build_classifier
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
 from limbeck.step import Training
-from limbeck.tasks.text_classification import Rows, TextClassification
+from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.train import train
 from limbeck.types import Shape
 
@@ -82,10 +82,10 @@ class Setting:
             return time.process_time() - start
 
 
-def prepared(run: Path) -> tuple[Setting, TextClassification]:
+def prepared(run: Path) -> tuple[Setting, Task]:
     recipe, _ = load_recipe(run)
-    task = TextClassification(run / "data")
-    teacher = load_classifier(run / "teacher/hf", task.labels, where="teacher")
+    task = open_task(recipe, run / "data")
+    teacher = task.load(run / "teacher/hf", where="teacher")
     axes = axes_from_json((run / "architecture/axes.json").read_text(encoding="utf-8"))
     scores = load_importance(run / "architecture/importance.safetensors")
     hidden = find_axis(axes, "hidden")
@@ -97,7 +97,9 @@ def prepared(run: Path) -> tuple[Setting, TextClassification]:
         )
         for name, (heads, ffn, layers) in _SHAPES.items()
     }
-    lesson = teaching._lesson(recipe, run / "teacher/hf", run / "signals", run / "data", None)
+    lesson = teaching.lesson(
+        recipe, None, run / "teacher/hf", run / "signals", run / "data", None, None
+    )
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
     state = sort_units(teacher.state_dict(), axes, scores.units)
     setting = Setting(teacher.config, axes, state, shapes, lesson, task.rows("train"))

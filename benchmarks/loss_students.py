@@ -28,12 +28,11 @@ import torch
 
 from limbeck import measure, teaching
 from limbeck.cores import on_each
-from limbeck.models import load_classifier
 from limbeck.progress import Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import load_recipe
 from limbeck.stages import read_plan
-from limbeck.tasks.text_classification import Rows, TextClassification
+from limbeck.tasks.task import Rows, open_task
 from limbeck.types import Batch
 
 _BASE = ("distill.soft_weight=0.25", "distill.hard_weight=0.75", "distill.temperature=2",
@@ -116,8 +115,7 @@ def taught(
             folder / "hf", recipe, student, shape, teacher, survey, None if hard else signals,
             data, Silent(), temperature=temperature, features=features,
         )  # fmt: skip
-        labels = TextClassification(data).labels
-        return load_classifier(folder / "hf", labels, where=name).eval(), temperature
+        return open_task(recipe, data).load(folder / "hf", where=name).eval(), temperature
 
 
 def main() -> None:
@@ -131,9 +129,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    rows = TextClassification(options.run / "data").rows("test")
     theirs = np.load(options.run / "teacher/measure/logits.npy", allow_pickle=False)
     plain, _ = load_recipe(options.run)
+    rows = open_task(plain, options.run / "data").rows("test")
     params = {
         s.name: json.loads((options.run / f"students/{s.name}/plan/plan.json").read_text())
         for s in plain.students

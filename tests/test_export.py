@@ -23,11 +23,14 @@ from transformers import (
 from limbeck import measure, runtime
 from limbeck.errors import MissingExtraError
 from limbeck.export.card import model_card
-from limbeck.export.folder import save_folder
 from limbeck.export.onnx import export_onnx, quantize_int8
+from limbeck.tasks.text_classification import TextClassification
 from report_samples import EVIL, make_report
+from tiny_world import rows_of
 
 MAX_TOKENS, VOCAB, LABELS = 16, 64, ["alt", "comp: |x|", "sci"]
+TASK = TextClassification(tuple(LABELS), MAX_TOKENS)
+INPUTS = TASK.inputs(BertConfig(vocab_size=VOCAB))
 
 
 def draw(rng: np.random.Generator, n: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -66,8 +69,8 @@ def files(model, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("onnx")
     paths = {name: folder / f"{name}.onnx" for name in ("onnx-fp32", "onnx-int8", "draft")}
     model.train()
-    export_onnx(model, paths["onnx-fp32"], max_tokens=MAX_TOKENS)
-    export_onnx(model, paths["draft"], max_tokens=MAX_TOKENS, draft=True)
+    export_onnx(model, paths["onnx-fp32"], inputs=INPUTS)
+    export_onnx(model, paths["draft"], inputs=INPUTS, draft=True)
     assert all(module.training for module in model.modules())  # as it was before
     model.eval()
     quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
@@ -108,7 +111,8 @@ def student(model, files, tokenizer_folder, tmp_path_factory) -> SimpleNamespace
     report = report.model_copy(update={"students": (entry,), "recipe": recipe})
     card = model_card(report, entry, teacher=origin("hub", "org/teacher"), data=origin("local"))
     folder = run / "students/small/hf"
-    save_folder(model, tokenizer_folder, folder, labels=LABELS, max_tokens=MAX_TOKENS, card=card)
+    TASK.save(model, tokenizer_folder, folder)
+    (folder / "README.md").write_text(card)
     (run / onnx_path).parent.mkdir()
     (run / onnx_path).write_bytes(files["onnx-int8"].read_bytes())
     return SimpleNamespace(folder=folder, card=card, report=report, entry=entry)
@@ -137,7 +141,7 @@ def test_fp32_equals_the_model_at_any_batch_length_and_padding(model, files, nam
         inputs = padded(rows[:size])
         with torch.inference_mode():
             expected = model(**inputs).logits.numpy()
-        found = predict(inputs["input_ids"].numpy(), inputs["attention_mask"].numpy())
+        found = predict({name: tensor.numpy() for name, tensor in inputs.items()})
         np.testing.assert_allclose(found, expected, atol=1e-4)
         rows = rows[size:]
 
@@ -145,7 +149,7 @@ def test_fp32_equals_the_model_at_any_batch_length_and_padding(model, files, nam
 def test_int8_gives_the_models_answers(model, files):
     rows, labels = draw(np.random.default_rng(2), 400)
     logits = {
-        name: runtime.predict(files[name], name, rows, pad_id=0)
+        name: runtime.predict(files[name], name, rows_of(rows))
         for name in ("onnx-fp32", "onnx-int8")
     }
     assert measure.accuracy(logits["onnx-fp32"], labels, seed=0).value > 0.8  # it knows something
@@ -179,7 +183,7 @@ def test_every_matrix_of_the_int8_file_is_int8(files):
 
 def test_same_model_same_bytes_and_no_trace_of_this_machine(model, files, tmp_path):
     again, int8 = tmp_path / "again.onnx", tmp_path / "int8.onnx"
-    export_onnx(model, again, max_tokens=MAX_TOKENS)
+    export_onnx(model, again, inputs=INPUTS)
     quantize_int8(again, int8)
     assert again.read_bytes() == files["onnx-fp32"].read_bytes()
     assert int8.read_bytes() == files["onnx-int8"].read_bytes()
@@ -217,21 +221,21 @@ def test_a_failed_export_leaves_what_was_there(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"older")
     with pytest.raises(RuntimeError, match="no such thing"):
-        export_onnx(Broken(2, 2), path, max_tokens=MAX_TOKENS, draft=True)
+        export_onnx(Broken(2, 2), path, inputs=INPUTS, draft=True)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"older"]
 
 
 def test_what_does_not_fit_into_one_file_is_refused(tmp_path):
     huge = torch.nn.Linear(30_000, 30_000, device="meta")
     with pytest.raises(ValueError, match="2 GB"):
-        export_onnx(huge, tmp_path / "model.onnx", max_tokens=MAX_TOKENS)
+        export_onnx(huge, tmp_path / "model.onnx", inputs=INPUTS)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_extra_is_named(model, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"limbeck\[export\]"):
-        export_onnx(model, tmp_path / "model.onnx", max_tokens=MAX_TOKENS)
+        export_onnx(model, tmp_path / "model.onnx", inputs=INPUTS)
     with pytest.raises(MissingExtraError, match=r"limbeck\[export\]"):
         quantize_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx")
 
@@ -263,11 +267,8 @@ def test_the_tokenizer_cuts_where_the_model_was_taught_to(student):
 
 
 def test_the_folder_has_the_same_bytes_each_time(model, student, tokenizer_folder, tmp_path):
-    save_folder(
-        model, tokenizer_folder, tmp_path / "b", labels=LABELS, max_tokens=MAX_TOKENS,
-        card=student.card,
-    )  # fmt: skip
-    for path in student.folder.iterdir():
+    TASK.save(model, tokenizer_folder, tmp_path / "b")
+    for path in student.folder.glob("[!R]*"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     text = "".join(p.read_text("utf-8") for p in student.folder.glob("*.json"))
     assert str(tokenizer_folder) not in text
@@ -277,7 +278,7 @@ def test_a_projector_does_not_get_in(student, tokenizer_folder, tmp_path):
     taught = AutoModelForSequenceClassification.from_pretrained(student.folder)
     taught.projector = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"projector\.bias"):
-        save_folder(taught, tokenizer_folder, tmp_path / "x", labels=LABELS, max_tokens=16)
+        TASK.save(taught, tokenizer_folder, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

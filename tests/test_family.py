@@ -41,8 +41,8 @@ def teacher():
     return random_model(bert_config())
 
 
-def family(teacher, shapes=SHAPES, **settings):
-    return Family(bert_config(), build, bert_axes(), shapes, teacher.state_dict(), **settings)
+def family(teacher, shapes=SHAPES):
+    return Family(bert_config(), build, bert_axes(), shapes, teacher.state_dict())
 
 
 def batch(start, end):
@@ -143,9 +143,8 @@ def test_the_teacher_is_neither_changed_nor_shared(teacher):
     assert all(torch.equal(before[n], t) for n, t in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_each_size_is_the_cut_student_and_is_extracted_as_it_is(teacher, own):
-    fam = family(teacher, own_vectors=own)
+def test_each_size_is_the_cut_student_and_is_extracted_as_it_is(teacher):
+    fam = family(teacher)
     for name, shape in SHAPES.items():
         student = build_student(bert_config(), build, bert_axes(), shape, teacher.state_dict())
         torch.testing.assert_close(logits(fam.sizes[name].model), logits(student),
@@ -208,15 +207,6 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(teacher):
         torch.testing.assert_close(found, whole[name], rtol=1e-4, atol=1e-6)
     for name in SHAPES:
         torch.testing.assert_close(losses[name], same[name])
-
-
-def test_own_vectors_are_each_sizes_and_matrices_are_shared(teacher):
-    fam = family(teacher, own_vectors=True)
-    pieces, _ = gradient(fam, ["small"])
-    owned = {piece.name for piece in pieces if piece.values.dim() == 1}
-    assert owned
-    assert all(name.startswith("small/") for name in owned)
-    assert {w.dim() for n, w in fam.weights.items() if "/" not in n} == {2}
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -445,9 +435,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_the_log_names_the_sizes(
     last = json.loads((tmp_path / "whole/training.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 12
     assert last["validation"] == (24 + 16 + 16) / 3
-    assert last["validation.large"] == 24
+    assert last["validations"]["large"] == 24
     active = sampling.active([*SHAPES], seed=0, step=11, done=11 / 12)
-    assert last[f"loss.{active[0]}"] == last["loss"] > 0
+    assert last["sizes"][active[0]] == last["loss"] > 0
 
 
 def test_a_plain_model_is_a_family_of_one(teacher):

@@ -19,15 +19,15 @@ LAYERS = (
     {"observe", "layermap", "vocabulary"},
     {"features"},
     {
-        "objective", "balance", "temperature", "tasks", "signals", "teachers", "architecture",
+        "objective", "balance", "temperature", "signals", "teachers", "architecture",
         "energy", "linear", "report",
     },
     {"family", "shared_adamw", "trimming"},
     {
-        "step", "elastic", "train", "export", "measure", "measure_language", "generating",
+        "tasks", "step", "elastic", "train", "export", "measure", "measure_language", "generating",
         "runtime", "runtime_worker",
     },
-    {"findings", "stages", "teaching", "evaluation", "trying"},
+    {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
     {"__init__", "cli"},

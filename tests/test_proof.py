@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
-from limbeck.architecture.axes import Member, find_axis
+from limbeck.architecture.axes import Axis, Group, Member, find_axis
 from limbeck.architecture.cut import check_shape
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.probe import find_axes
@@ -24,9 +25,9 @@ def test_bert_is_proved_and_left_bitwise_as_it_was():
     assert {name for name, axis in axes.items() if axis.proved} == {
         "hidden", "heads", "ffn", "layers", "vocab"
     }  # fmt: skip
-    assert "hidden=16, heads=2 has the same units" in axes["hidden"].reason
-    assert "cut equals zeroed" in axes["heads"].reason
-    assert "cut equals zeroed" in axes["ffn"].reason
+    assert "cut to hidden=16, heads=2 equals zeroed" in axes["hidden"].reason
+    assert "cut together with hidden" in axes["heads"].reason
+    assert "cut to ffn=24 equals zeroed" in axes["ffn"].reason
     assert "dropped equals skipped" in axes["layers"].reason
     assert model.training
     after = model.state_dict()
@@ -98,12 +99,65 @@ def test_a_wrong_block_size_is_refused(block):
     assert found["ffn"].proved
 
 
-def test_a_regrouping_count_is_seen_in_the_smaller_model():
-    """hidden=24 with 4 heads loads strictly and computes something else."""
-    axes = tuple(
-        replace(a, coupled={}, granularity=4) if a.name == "hidden" else a for a in bert_axes()
-    )
-    assert not proved(random_model(bert_config()), axes)["hidden"].proved
+def test_a_count_that_regroups_the_same_tensors_is_refused():
+    """hidden=16 with 4 heads loads strictly, its units can be permuted, and computes something
+    else than the two heads that were cut."""
+    hidden, heads, *_ = bert_axes()
+    false = replace(hidden, coupled={}, groups=hidden.groups + heads.groups)
+    found = proved(random_model(bert_config()), (false,))["hidden"]
+    assert not found.proved
+    assert "hidden=16 differs from zeroing the same units" in found.reason
+
+
+class Toy(nn.Module):
+    """One row of units, and what else depends on how many there are."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.hidden_size
+        self.one, self.two = nn.Linear(6, width), nn.Linear(width, 3)
+        if config.kind == "layer norm":
+            self.norm = nn.LayerNorm(width)
+        elif config.kind == "group norm":
+            self.norm = nn.GroupNorm(2, width)
+        self.scale = width**-0.5 if config.kind == "scale" else 1.0
+
+    def forward(self, pixel_values):
+        x = torch.relu(self.one(pixel_values.flatten(1)))
+        if hasattr(self, "norm"):
+            x = self.norm(x)
+        if self.config.kind == "mean":
+            x = x - x.mean(1, keepdim=True)
+        return self.two(x * self.scale)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("plain", "cut to width=4 equals zeroed"),
+        ("layer norm", "norms over what is left"),
+        ("scale", "with scale computed from the smaller size"),
+        ("mean", "differs from zeroing"),
+        ("group norm", "norm takes other statistics"),
+    ],
+)
+def test_a_cut_is_the_full_model_with_these_units_zeroed(kind, reason):
+    """Halves of the channels are units under a norm of two groups, until one half is cut."""
+    config = PretrainedConfig(hidden_size=8, kind=kind)
+    torch.manual_seed(0)
+    model = Toy(config).eval()
+    names = [("one.weight", 0), ("one.bias", 0), ("two.weight", 1)]
+    names += [("norm.weight", 0), ("norm.bias", 0)] if "norm" in kind else []
+    block, units = (4, 2) if kind == "group norm" else (1, 8)
+    group = Group("width", units, tuple(Member(n, d, block) for n, d in names))
+    axis = Axis(name="width", fields={"hidden_size": 1}, size=8, granularity=block,
+                groups=(group,))  # fmt: skip
+    inputs = {"pixel_values": torch.randn(5, 6)}
+    (found,) = prove_axes(model, config, Toy, [axis], inputs, seed=0)
+    assert reason in found.reason
+    assert found.proved == (kind not in ("mean", "group norm"))
 
 
 def test_layers_that_differ_from_skipped_are_pinned():

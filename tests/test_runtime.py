@@ -13,8 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from limbeck import runtime, runtime_worker
 from limbeck.errors import LimbeckError, MissingExtraError
 from limbeck.export.onnx import export_onnx, quantize_int8
+from limbeck.tasks.text_classification import TextClassification
+from tiny_world import rows_of
 
 MAX_TOKENS, VOCAB, CLASSES = 16, 64, 5
+INPUTS = TextClassification(("a", "b"), MAX_TOKENS).inputs(BertConfig(vocab_size=VOCAB))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     model = BertForSequenceClassification(config).eval()
     paths = {"hf": folder, "onnx-fp32": folder / "a.onnx", "onnx-int8": folder / "b.onnx"}
     model.save_pretrained(folder)
-    export_onnx(model, paths["onnx-fp32"], max_tokens=MAX_TOKENS, draft=True)
+    export_onnx(model, paths["onnx-fp32"], inputs=INPUTS, draft=True)
     quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
     return paths
 
@@ -42,14 +45,15 @@ def examples() -> list[np.ndarray]:
 
 
 def predict(files, format, examples, **options):
-    return runtime.predict(
-        files[format], format, examples, **{"pad_id": 0, "batch_size": 8, **options}
-    )
+    return runtime.predict(files[format], format, rows_of(examples), batch_size=8, **options)
 
 
 def one_by_one(files, format, examples):
     model = runtime.load_predictor(files[format], format, threads=1)
-    rows = [model(x[None].astype(np.int64), np.ones((1, len(x)), np.int64)) for x in examples]
+    rows = [
+        model({"input_ids": x[None].astype(np.int64), "attention_mask": np.ones((1, len(x)), "i8")})
+        for x in examples
+    ]
     return np.concatenate(rows)
 
 
@@ -80,7 +84,7 @@ def test_int8_answers_do_not_depend_on_the_company(files, examples):
     same_length = [np.resize(x, MAX_TOKENS) for x in examples[:32]]
     model = runtime.load_predictor(files["onnx-int8"], "onnx-int8", threads=1)
     ids = np.stack(same_length).astype(np.int64)
-    together = model(ids, np.ones_like(ids))
+    together = model({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     assert np.abs(together - predict(files, "onnx-int8", same_length)).max() > 1e-4
 
 
@@ -109,7 +113,7 @@ def test_no_examples_is_a_mistake(files):
 
 
 def timed(files, format, **options):
-    settings = {"max_tokens": MAX_TOKENS, "vocab_size": VOCAB, "threads": 1, "runs": 20}
+    settings = {"inputs": INPUTS, "threads": 1, "runs": 20}
     return runtime.time_artifact(files[format], format, **{**settings, **options})
 
 

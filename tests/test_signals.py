@@ -10,6 +10,7 @@ from limbeck.recipe import SignalsSpec
 from limbeck.signals.choose import codec_settings, reason, store_bytes
 from limbeck.signals.codecs import codec_from_settings
 from limbeck.signals.origins import origins
+from limbeck.tasks.text_classification import TextClassification
 from tiny_world import save_tokenizer
 
 LARGE = {"vocab_size": 49_152, "rows": 1_000, "positions": 512_000}
@@ -66,7 +67,9 @@ def test_signals_that_cannot_be_are_refused(distil, quick, changes, said):
 
 
 def test_another_tokenizer_of_the_same_size_is_another(tmp_path, tiny):
-    rows = tiny / "rows.csv"
+    def of(folder, max_tokens):
+        task = TextClassification(("a", "b"), max_tokens)
+        return origins(folder, tiny / "rows.csv", task.preprocessing(folder))
 
     def made_from(change=None):
         folder = tmp_path / "teacher"
@@ -77,7 +80,7 @@ def test_another_tokenizer_of_the_same_size_is_another(tmp_path, tiny):
             text = (folder / "tokenizer.json").read_text()
             assert change[0] in text
             (folder / "tokenizer.json").write_text(text.replace(*change))
-        return origins(folder, rows, max_tokens=10)
+        return of(folder, 10)
 
     same = made_from()
     assert made_from() == same
@@ -85,7 +88,7 @@ def test_another_tokenizer_of_the_same_size_is_another(tmp_path, tiny):
     assert {k for k in same if same[k] != swapped[k]} == {"tokenizer"}
     rules = made_from(('"type": "Whitespace"', '"type": "WhitespaceSplit"'))
     assert {k for k in same if same[k] != rules[k]} == {"preprocessing"}
-    assert origins(tmp_path / "teacher", rows, max_tokens=9) != rules
+    assert of(tmp_path / "teacher", 9) != rules
 
 
 @pytest.mark.parametrize("codec", ["topk.k=2", "sampled.n=2"])

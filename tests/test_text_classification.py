@@ -15,16 +15,17 @@ from transformers import PreTrainedTokenizerFast
 from limbeck.errors import DataError, RecipeError
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
+from limbeck.run import read_json
 from limbeck.tasks import text_classification
+from limbeck.tasks.splits import hold_out
 from limbeck.tasks.tables import Table
+from limbeck.tasks.task import SPLITS, order
 from limbeck.tasks.text_classification import (
-    SPLITS,
     Rows,
     TextClassification,
     _encode,
     _encode_whole,
-    _split,
-    order,
+    open_task,
     prepare,
 )
 
@@ -60,7 +61,7 @@ def prepared(tiny, rows_csv, tmp_path):
     def make(test_file: Path | None = None, **settings) -> TextClassification:
         folder = tmp_path / "data"
         prepare(recipe(**settings), rows_csv, test_file, tiny / "teacher", folder)
-        return TextClassification(folder)
+        return open_task(recipe(**settings), folder)
 
     return make
 
@@ -101,8 +102,9 @@ def test_a_test_file_of_its_own_is_all_test_and_what_it_repeats_is_counted(
     (tmp_path / "test.csv").write_text(rows_csv.read_text() + "w98 w98,class 1,g\n")
     task = prepared(test_file=tmp_path / "test.csv", test="unused")
     assert task.rows("test").ids.tolist() == list(range(241))
-    assert task.about["rows"] == {"train": 216, "validation": 24, "test": 241}
-    assert task.about["texts_in_train_and_test"] == 216, "each text is there once"
+    about = read_json(task.folder / "data.json")
+    assert about["rows"] == {"train": 216, "validation": 24, "test": 241}
+    assert about["texts_in_train_and_test"] == 216, "each text is there once"
 
 
 def test_limits_take_a_part_of_the_same_rows(prepared):
@@ -131,7 +133,7 @@ def test_a_long_text_is_cut_and_says_what_it_covers(tiny, tmp_path):
     lines = [f"w4 w5 w6 w7 w8 w{9 + i},class {i % 2}" for i in range(40)]
     (tmp_path / "long.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
     prepare(recipe(max_tokens=5), tmp_path / "long.csv", None, tiny / "teacher", tmp_path / "d")
-    rows = TextClassification(tmp_path / "d").rows("train")
+    rows = open_task(recipe(), tmp_path / "d").rows("train")
     assert {tuple(tokens) for tokens in rows.tokens} == {(2, 4, 5, 6, 3)}
     assert {*rows.texts} == {"w4 w5 w6"}
 
@@ -166,7 +168,7 @@ def test_a_sample_is_a_part_in_file_order_and_the_same_for_the_same_seed(prepare
 def test_a_models_own_order_of_the_labels_is_kept(tiny, tmp_path):
     """Else the answers of a teacher that is not tuned would be read as other labels."""
     prepare(recipe(), tiny / "rows.csv", None, tiny / "knows", tmp_path / "d")
-    task = TextClassification(tmp_path / "d")
+    task = open_task(recipe(), tmp_path / "d")
     assert task.labels == ("class 2", "class 0", "class 1")
     rows = task.rows("test")
     for tokens, label in zip(rows.tokens, rows.labels, strict=True):
@@ -204,7 +206,7 @@ keys = st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=60)
 def test_a_split_is_a_partition_by_groups_of_about_the_wanted_size(groups, fraction, seed):
     table = Table([""] * len(groups), [""] * len(groups), groups)
     try:
-        held, kept = _split(table, np.arange(len(groups)), fraction, seed, "test")
+        held, kept = hold_out(table.groups, np.arange(len(groups)), fraction, seed, "test")
     except DataError:
         # only where whole groups cannot be both: one group, or all are needed to reach the share
         sizes = Counter(groups)

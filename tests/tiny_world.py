@@ -1,18 +1,26 @@
 """A whole run's inputs in a folder: a tiny random teacher, a table it can learn, a recipe."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from limbeck import pipeline, runtime
 from limbeck.energy import NoMeter
+from limbeck.tasks.text_classification import Rows
 from tiny_models import bert_config, random_model
+
+
+def rows_of(examples: Sequence[np.ndarray]) -> Rows:
+    """Rows of token ids, padded with 0."""
+    numbers = np.arange(len(examples))
+    return Rows(numbers, np.zeros_like(numbers), tuple(examples), ("",) * len(examples), 0)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -13,9 +13,11 @@ from limbeck._api import (
     distill,
     doctor,
     list_recipes,
+    load_family,
     load_report,
     plan,
     prune_signals,
+    scale,
     try_student,
     verify_signals,
 )
@@ -27,9 +29,11 @@ __all__ = [
     "distill",
     "doctor",
     "list_recipes",
+    "load_family",
     "load_report",
     "plan",
     "prune_signals",
+    "scale",
     "try_student",
     "verify_signals",
 ]

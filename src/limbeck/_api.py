@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from limbeck.progress import Progress
     from limbeck.recipe import Recipe
     from limbeck.report import Report
+    from limbeck.scaling import LoadedFamily
     from limbeck.signals.verify import Verification
     from limbeck.types import Plan
 
@@ -64,6 +65,30 @@ def axes(model: str | Path, *, progress: Progress | None = None) -> tuple[Axis, 
     from limbeck.progress import Silent
 
     return anatomy.axes_of(str(model), progress or Silent())
+
+
+def scale(
+    run: str | Path, *, name: str, budget: Mapping[str, float], progress: Progress | None = None
+) -> Report:
+    """Add a student to a finished elastic run, cut between its sizes with no training.
+
+    `budget` has the keys of a recipe's: params, size_mb, latency_ms. The run's recipe has it from
+    then on. Raises RecipeError for a run that is not elastic or a budget that none of its shapes
+    keeps.
+    """
+    from limbeck import pipeline
+
+    return pipeline.scale(Path(run), name, budget, progress=progress)
+
+
+def load_family(run: str | Path) -> LoadedFamily:
+    """The trained weights of an elastic run: `cut(params="3M")` gives a model of its own.
+
+    Raises RunFolderError where the folder holds none.
+    """
+    from limbeck import scaling
+
+    return scaling.LoadedFamily(Path(run))
 
 
 def try_student(student: str | Path, text: str) -> list[tuple[str, float]]:

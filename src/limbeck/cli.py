@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--out", required=True, type=Path, help="the run's folder; resumes there")
     distill.add_argument("--repair", action="store_true", help="make damaged stages anew")
     recipe(verb("plan", _plan, "show each student's shape and predicted cost before any training"))
+    scaled = verb("scale", _scale, "add a student to a finished elastic run, without training")
+    scaled.add_argument("run_folder", type=Path, metavar="RUN", help="the run's folder")
+    scaled.add_argument("--name", required=True, help="what the student shall be called")
+    for flag, kind, help in (
+        ("params", int, "parameters at most"), ("size-mb", float, "MB of the file at most"),
+        ("latency-ms", float, "median ms of a batch-1 call at most"),
+    ):  # fmt: skip
+        scaled.add_argument(f"--{flag}", type=kind, metavar="X", help=help)
     measured = verb("axes", _axes, "show what of a model can be cut, proved on its weights")
     measured.add_argument("model", help="a model's folder, or a source as in a recipe")
     shown = verb("report", _report, "print a finished run's table and where its report lies")
@@ -89,6 +97,23 @@ def _distill(arguments: argparse.Namespace) -> None:
             repair=arguments.repair, progress=progress,
         )  # fmt: skip
     _show(report, arguments.out)
+    _raise_for_missed(report)
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    from limbeck import _api
+
+    keys = ("params", "size_mb", "latency_ms")
+    given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
+    with _terminal() as progress:
+        report = _api.scale(
+            arguments.run_folder, name=arguments.name, budget=given, progress=progress
+        )
+    _show(report, arguments.run_folder)
+    _raise_for_missed(report)
+
+
+def _raise_for_missed(report: Any) -> None:
     missed = [s.name for s in report.students if not s.budget.met]
     if missed:
         from limbeck.report import verdicts

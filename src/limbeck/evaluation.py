@@ -15,11 +15,12 @@ from transformers import AutoConfig
 from limbeck import measure, runtime
 from limbeck._startup import prepare_torch
 from limbeck.linear import linear_predictions
-from limbeck.models import load_classifier, num_parameters
+from limbeck.models import num_parameters
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
-from limbeck.tasks.text_classification import Rows, TextClassification
+from limbeck.tasks.task import Rows, open_task
+from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
 
@@ -35,7 +36,7 @@ def measure_artifacts(
     progress: Progress, *, primary: str,
 ) -> None:  # fmt: skip
     """Quality, parity, latency, memory of every exported file; predictions of the primary one."""
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
@@ -52,7 +53,7 @@ def measure_artifacts(
         if format == primary:
             np.save(folder / "logits.npy", logits)
         timing = runtime.time_artifact(
-            path, format, max_tokens=recipe.task.max_tokens, vocab_size=config.vocab_size,
+            path, format, inputs=task.inputs(config),
             threads=recipe.measure.threads, runs=recipe.measure.latency_runs,
         )  # fmt: skip
         entry: dict[str, Any] = {
@@ -77,7 +78,7 @@ def measure_artifacts(
                 origin = _predict(hf, "hf", compared, Silent(), "parity")
             entry["parity"] = asdict(measure.parity(origin, of_compared))
         found.append(entry)
-    model = load_classifier(hf, task.labels, where=str(hf))
+    model = task.load(hf, where=str(hf))
     summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
     write_json(folder / "measurement.json", summary)
 
@@ -86,13 +87,15 @@ def quality_of(
     folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
 ) -> None:
     """A baseline's quality, of the primary format on all test rows, as for the student itself."""
-    test = TextClassification(data).rows("test")
+    test = open_task(recipe, data).rows("test")
     logits = _predict(path, recipe.export.primary, test, progress, name)
     write_json(folder / "quality.json", _quality(logits, test.labels))
 
 
-def linear(folder: Path, data: Path, progress: Progress) -> None:
-    task = TextClassification(data)
+def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None:
+    """A linear model on TF-IDF of the same tokens."""
+    task = open_task(recipe, data)
+    assert isinstance(task, TextClassification)
     rows = {split: task.rows(split) for split in ("train", "validation", "test")}
     scores, choice = linear_predictions(
         (rows["train"].texts, rows["train"].labels),
@@ -104,9 +107,9 @@ def linear(folder: Path, data: Path, progress: Progress) -> None:
     write_json(folder / "quality.json", _quality(scores, rows["test"].labels) | {"choice": choice})
 
 
-def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
+def compare(folder: Path, recipe: Recipe, student: Path, teacher: Path, data: Path) -> None:
     """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     labels = task.rows("test").labels
     mine, theirs = (np.load(path / "logits.npy", allow_pickle=False) for path in (student, teacher))
     write_json(folder / "comparison.json", measure.compare(theirs, mine, labels, task.labels))
@@ -114,9 +117,7 @@ def compare(folder: Path, student: Path, teacher: Path, data: Path) -> None:
 
 def _predict(path: Path, format: Any, rows: Rows, progress: Progress, title: str) -> np.ndarray:
     with progress.bar(title, len(rows), "examples") as bar:
-        return runtime.predict(
-            path, format, rows.tokens, pad_id=rows.pad_id, progress=bar.advance
-        )
+        return runtime.predict(path, format, rows, progress=bar.advance)
 
 
 def _quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

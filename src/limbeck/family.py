@@ -24,6 +24,7 @@ from limbeck.architecture.axes import (
 )
 from limbeck.architecture.cut import build_student, check_shape, student_config
 from limbeck.architecture.fields import Build
+from limbeck.errors import AxisError
 from limbeck.types import Shape
 
 Region = tuple[slice, ...]
@@ -81,36 +82,32 @@ class Family:
     """The shared weights by the teacher's names, cut to what the sizes need of them.
 
     `state` are the sorted teacher's weights and buffers; nothing of them is changed. Buffers, such
-    as BatchNorm's statistics, are each size's own. So are its vectors (norms, biases) where
-    `own_vectors` says so, as 'size/name' among the weights.
+    as BatchNorm's statistics, are each size's own.
 
     Raises AxisError for a shape that does not lie on the axes.
     """
 
     def __init__(
         self, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
-        shapes: Mapping[str, Shape], state: Mapping[str, Tensor], *, own_vectors: bool = False,
+        shapes: Mapping[str, Shape], state: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        assert shapes and not any("/" in name for name in shapes)
+        assert shapes
         self.config, self.build, self.teachers_axes = config, build, tuple(axes)
         shapes = {name: _complete(axes, shape) for name, shape in shapes.items()}
         hull = _hull(shapes.values())
         self.axes = tuple(_resized(axis, hull) for axis in axes)
         names: dict[tuple[object, ...], str] = {}  # of tied entries the first
+        self.first_names: dict[str, str] = {}  # by the teacher's names
         self.weights: dict[str, Tensor] = {}
         self.tables: set[str] = set()  # weights whose gradient comes by rows
         self.sizes: dict[str, Size] = {}
         for size, shape in shapes.items():
             model = build_student(config, build, axes, shape, state)  # buffers stay its own
             places = {}
-            for name, parameter in model.named_parameters():
+            for name, _ in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
                 shared = names.setdefault(identity(state[teachers]), teachers)
-                own = f"{size}/{shared}"
-                if own_vectors and parameter.dim() == 1:
-                    self.weights[own] = parameter.detach().clone()
-                    places[name] = Place(own, (_everything(parameter),))
-                    continue
+                self.first_names[teachers] = shared
                 if shared not in self.weights:
                     regions = _regions(state[shared], shared, axes, hull)
                     self.weights[shared] = Place(shared, regions).of(state[shared]).clone()
@@ -146,6 +143,60 @@ class Family:
         for name, module in size.model.named_modules():
             if isinstance(module, nn.Embedding) and module.sparse:
                 self.tables.add(size.places[f"{name}.weight"].shared)
+
+    def state(self) -> dict[str, Tensor]:
+        """The shared weights, and each size's own buffers as 'size/name'."""
+        buffers = {
+            f"{size.name}/{name}": buffer
+            for size in self.sizes.values()
+            for name, buffer in size.model.state_dict().items()
+            if name not in size.places and not isinstance(buffer, nn.Parameter)
+        }
+        return self.weights | buffers
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """In place. Raises KeyError for what is missing."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def size_of(self, shape: Shape) -> str | None:
+        """The name of the size that has this shape."""
+        shape = _complete(self.teachers_axes, shape)
+        return next((name for name, size in self.sizes.items() if size.shape == shape), None)
+
+    def cut(self, shape: Shape) -> nn.Module:
+        """A plain model of its own at any shape within the family's, in eval mode: `ffn` and
+        `layers` between two sizes, say.
+
+        Raises AxisError for a shape that the family does not hold, and for models with running
+        statistics, which each size has of its own.
+        """
+        shape = _complete(self.teachers_axes, shape)
+        largest = {axis.name: axis.size for axis in self.axes}
+        for name, size in shape.sizes.items():
+            if size > largest[name]:
+                raise AxisError(
+                    f"shape.{name}", f"{size} was never trained", allowed=f"up to {largest[name]}"
+                )
+        model = self.build(student_config(self.config, self.teachers_axes, shape)).eval()
+        kept = model.state_dict()
+        if any(b.is_floating_point() for name, b in model.named_buffers() if name in kept):
+            raise AxisError(
+                "shape", "this model keeps statistics of what it saw, which a new size lacks",
+                allowed="the sizes that were trained",
+            )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                teachers = _teachers_name(self.teachers_axes, shape, name)
+                shared = self.first_names.get(teachers)
+                if shared is None:
+                    layers = f"shape.layers={list(shape.layers)}"
+                    raise AxisError(layers, f"{teachers} was never trained")
+                weight = self.weights[shared]
+                place = Place(shared, _regions(weight, shared, self.axes, shape))
+                parameter.copy_(place.of(weight))
+        return model
 
     def extract(self, size: str) -> nn.Module:
         """A plain model of its own, with copies of its weights, in eval mode."""
@@ -188,7 +239,9 @@ def _hull(shapes: Iterable[Shape]) -> Shape:
 
 def _resized(axis: Axis, hull: Shape) -> Axis:
     size = hull.sizes.get(axis.name, axis.size)
-    groups = tuple(Group(group.name, size, group.members) for group in axis.groups)
+    groups = tuple(
+        Group(group.name, group.kept(size, axis.size), group.members) for group in axis.groups
+    )
     return replace(axis, size=size, groups=groups)
 
 
@@ -207,7 +260,7 @@ def _regions(
     """What a size keeps of a tensor, and where it lies in the size's own."""
     by_dim: list[list[tuple[slice, slice]]] = [[(slice(0, n),) * 2] for n in tensor.shape]
     places = (
-        (group, member, shape.sizes[axis.name])
+        (group, member, group.kept(shape.sizes[axis.name], axis.size))
         for axis in axes for group in axis.groups for member in group.members
         if member.parameter == name
     )  # fmt: skip

@@ -20,6 +20,7 @@ from limbeck.report import (
     Capability,
     Environment,
     Fidelity,
+    FrontierPoint,
     Quality,
     Report,
     Retention,
@@ -58,7 +59,8 @@ class Member:
 
 def assemble(
     run: Run, recipe: Recipe, data: Made, space: Made, teacher: Member,
-    family: Mapping[str, Member], linear: Made | None,
+    family: Mapping[str, Member], together: Made | None, frontier: Made | None,
+    linear: Made | None,
 ) -> Report:  # fmt: skip
     about, survey = data.json("data.json"), space.json("summary.json")
     return Report(
@@ -74,8 +76,9 @@ def assemble(
         students=tuple(_student(run, recipe, member) for member in family.values()),
         stages=tuple(Stage.model_validate(vars_of(record)) for record in run.stages),
         linear=_quality(linear),
-        training=_curves(teacher, family),
+        training=_curves(teacher, family, together),
         labels=tuple(about["labels"]),
+        frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
         warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )
@@ -132,6 +135,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         else None,
         fidelity=Fidelity.model_validate(compared["fidelity"]),
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
+        trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )
 
@@ -174,8 +178,31 @@ def _quality(made: Made | None) -> Quality | None:
     return Quality.model_validate({k: found[k] for k in ("metric", "value", "low", "high", "n")})
 
 
-def _curves(teacher: Member, family: Mapping[str, Member]) -> dict[str, tuple[TrainingPoint, ...]]:
+def _frontier(made: Made | None, family: Mapping[str, Member]) -> tuple[FrontierPoint, ...]:
+    if made is None:
+        return ()
+    names = {}
+    for name, member in family.items():
+        assert member.plan is not None
+        names[json.dumps(member.plan.json("plan.json")["shape"], sort_keys=True)] = name
+    return tuple(
+        FrontierPoint(
+            name=names.get(json.dumps(entry["shape"], sort_keys=True)),
+            trained=entry["name"] is not None,
+            shape=ShapeEntry.of(entry["shape"]["sizes"], tuple(entry["shape"]["layers"])),
+            params=entry["params"], size_mb=entry["size_bytes"] / 1e6, quality=entry["accuracy"],
+            loss=entry["loss"], n=entry["n"],
+        )
+        for entry in made.json("frontier.json")
+    )  # fmt: skip
+
+
+def _curves(
+    teacher: Member, family: Mapping[str, Member], together: Made | None
+) -> dict[str, tuple[TrainingPoint, ...]]:
     folders = {"teacher": teacher.model.folder}
+    if together is not None:
+        folders["family"] = together.folder
     for name, member in family.items():
         folders[name] = member.model.folder
         for baseline, made in member.baselines.items():
@@ -197,7 +224,8 @@ def _warnings(
             "Latency and throughput are the time that the one thread held a core: waiting for a "
             "busy machine does not count, in the p95 either."
         )
-    bare = [m.name for m in members if m.name != "teacher" and not m.baselines]
+    trained = {student.name for student in recipe.students if student.trained}
+    bare = [m.name for m in members if m.name in trained and not m.baselines]
     if bare:
         found.append(
             f"Without baselines, so nothing says whether the teacher helped them: "

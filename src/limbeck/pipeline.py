@@ -3,13 +3,11 @@
     recipe -> sources -> data -> budgets -> teacher -> signals -> space -> plan -> distil -> export
            -> measure -> report
 
-`stages`, `teaching` and `evaluation` (and with them torch) are imported only by a stage that really
-runs.
+What the stages do (and with it torch) is imported only when one really runs.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +16,15 @@ from typing import Any
 
 from limbeck.cache import Fetched
 from limbeck.energy import CodecarbonMeter
+from limbeck.errors import RecipeError
 from limbeck.findings import Member, assemble, write_cards
+from limbeck.lazily import evaluation, scaling, stages, teaching
+from limbeck.members import Ground, Taught
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
-from limbeck.recipe_file import rebase
+from limbeck.recipe_file import RECIPE, load_recipe, rebase, validate
 from limbeck.report import Report, write_report
-from limbeck.run import Made, Meter, Run, open_run
+from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved
 from limbeck.sources import fetch
 
@@ -61,20 +62,48 @@ def distill(
         teacher = still.teacher(data)
         signals = still.signals(teacher, data, codec)
         space = still.space(teacher, data)
-        plans = {student.name: still.plan(student, teacher, space) for student in recipe.students}
-        features = still.features(teacher, data, space, plans)
+        ground = Ground(data, teacher, signals, space)
+        plans = {s.name: still.plan(s, ground) for s in recipe.students if s.trained}
+        features = still.features(ground, plans)
+        together = still.together(ground, plans)
+        frontier = still.frontier(ground, together)
+        for student in recipe.students:
+            if not student.trained:
+                plans[student.name] = still.plan_cut(student, ground, frontier)
         original = still.measured_teacher(teacher, data)
         family = {
-            student.name: still.member(
-                student, plans, teacher, signals, features, space, data, original
-            )
+            student.name: still.member(student, plans, ground, features, together, original)
             for student in recipe.students
         }
         linear = still.linear(data) if recipe.evidence.linear else None
-        report = assemble(run, recipe, data, space, original, family, linear)
+        report = assemble(
+            run, recipe, data, space, original, family, together, frontier, linear
+        )
         write_report(report, run.folder)
         write_cards(report, run.folder, still.sources.model, still.sources.train)
         return report
+
+
+def scale(
+    run: Path, name: str, budget: Mapping[str, float], *, progress: Progress | None = None
+) -> Report:
+    """One more student of a finished elastic run: into its recipe, and the recipe again, in which
+    all else is unchanged."""
+    recipe, base = load_recipe(run)
+    if recipe.distill.run != "elastic":
+        raise RecipeError(
+            "recipe.distill.run", f"{run} trained each student alone: nothing lies between them",
+            allowed="elastic", fix="distil again with `--set distill.run=elastic`",
+        )  # fmt: skip
+    students = [s.model_dump(mode="json", exclude_none=True) for s in recipe.students]
+    more = {"name": name, "budget": dict(budget), "trained": False}
+    wanted = validate({**recipe.model_dump(mode="json"), "students": [*students, more]})
+    before = (run / RECIPE).read_text(encoding="utf-8")
+    try:
+        return distill(wanted, run, base=base, progress=progress)
+    except RecipeError:  # a budget that cannot be kept: the run stays as it was
+        write_text(run / RECIPE, before)
+        raise
 
 
 def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
@@ -95,21 +124,6 @@ def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
     )
 
 
-@dataclass(frozen=True)
-class _Lazily:
-    """A module, imported at the first use."""
-
-    module: str
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.module), name)
-
-
-stages: Any = _Lazily("limbeck.stages")
-teaching: Any = _Lazily("limbeck.teaching")
-evaluation: Any = _Lazily("limbeck.evaluation")
-
-
 @dataclass
 class _Still:
     """One run's stages: for each its name, what it depends on, and what makes it."""
@@ -126,16 +140,16 @@ class _Still:
         inputs = [recipe.data, recipe.task, recipe.seed, s.model.sha256, s.train.sha256, test]
 
         def make(folder: Path) -> None:
-            from limbeck.tasks.text_classification import prepare
+            from limbeck.tasks.task import prepare
 
-            self.progress.say("reading and tokenising the data")
+            self.progress.say("reading and preparing the data")
             prepare(recipe, s.train.path, s.test.path if s.test else None, s.model.path, folder)
 
         return self.run.stage("data", inputs, make)
 
     def budgets(self, data: Made) -> Made:
         recipe, model = self.recipe, self.sources.model
-        budgets = [[student.name, student.budget] for student in recipe.students]
+        budgets = [[student.name, student.budget] for student in recipe.students if student.trained]
         return self.run.stage(
             "budgets", [data.digest, model.sha256, budgets, recipe.task, recipe.export.primary],
             lambda at: stages.check_budgets(at, recipe, model.path, data.folder),
@@ -176,26 +190,39 @@ class _Still:
         return self.run.stage(
             "architecture", [teacher.digest, data.digest, self.recipe.seed],
             lambda at: stages.survey(
-                at, self.recipe.seed, teacher.folder, data.folder, self.progress
+                at, self.recipe, teacher.folder, data.folder, self.progress
             ),
         )  # fmt: skip
 
-    def plan(self, student: StudentSpec, teacher: Made, space: Made) -> Made:
+    def plan(self, student: StudentSpec, ground: Ground) -> Made:
+        return self.run.stage(
+            f"students/{student.name}/plan", self._for_plan(student, ground.space),
+            lambda at: self._planning(ground)(at, student),
+        )  # fmt: skip
+
+    def plan_cut(self, student: StudentSpec, ground: Ground, frontier: Made | None) -> Made:
+        """Of a student that is not trained."""
+        assert frontier is not None  # the recipe checked it
+        return self.run.stage(
+            f"students/{student.name}/plan", self._for_plan(student, frontier),
+            lambda at: scaling.plan_cut(at, student, self._planning(ground), frontier.folder),
+        )  # fmt: skip
+
+    def _for_plan(self, student: StudentSpec, space: Made) -> list[Any]:
         recipe = self.recipe
         inputs: list[Any] = [space.digest, student.budget, recipe.export.primary]
-        if student.budget.latency_ms:
-            inputs += [recipe.task.max_tokens, recipe.measure]
+        return [*inputs, recipe.task, recipe.measure] if student.budget.latency_ms else inputs
 
-        def make(folder: Path) -> None:
-            if self._planner is None:
-                self._planner = stages.Planner(recipe, teacher.folder, space.folder, self.progress)
-            self._planner(folder, student)
+    def _planning(self, ground: Ground) -> Any:
+        """One for all students: what was timed for one serves the next."""
+        if self._planner is None:
+            self._planner = stages.Planner(
+                self.recipe, ground.teacher.folder, ground.space.folder, ground.data.folder,
+                self.progress,
+            )  # fmt: skip
+        return self._planner
 
-        return self.run.stage(f"students/{student.name}/plan", inputs, make)
-
-    def features(
-        self, teacher: Made, data: Made, space: Made, plans: Mapping[str, Made]
-    ) -> Made | None:
+    def features(self, ground: Ground, plans: Mapping[str, Made]) -> Made | None:
         """Hidden states and embeddings, where students learn from them: of the layers they do."""
         recipe, spec = self.recipe, self.recipe.distill
         if spec.hidden is None and spec.embedding is None:
@@ -205,11 +232,45 @@ class _Still:
             spec.embedding and spec.embedding.dtype,
         ]
         shapes = {name: plan.json("plan.json")["shape"] for name, plan in plans.items()}
+        inputs = [ground.teacher.digest, ground.data.digest, ground.space.digest, recipe.seed]
         return self.run.stage(
-            "features", [teacher.digest, data.digest, space.digest, recipe.seed, what, shapes],
+            "features", [*inputs, what, shapes],
             lambda at: teaching.store_features(
                 at, recipe, {n: stages.read_plan(p.folder).shape for n, p in plans.items()},
-                teacher.folder, space.folder, data.folder, self.progress,
+                ground.teacher.folder, ground.space.folder, ground.data.folder, self.progress,
+            ),
+        )  # fmt: skip
+
+    def together(self, ground: Ground, plans: Mapping[str, Made]) -> Made | None:
+        """The one training of an elastic run; the largest student first."""
+        recipe = self.recipe
+        if recipe.distill.run == "dedicated":
+            return None
+        found = {name: plan.json("plan.json") for name, plan in plans.items()}
+        names = sorted(found, key=lambda name: (-found[name]["cost"]["params"], name))
+        trainings = {name: recipe.training_of(recipe.student(name)) for name in names}
+        made = (ground.teacher, ground.space, ground.signals, ground.data)
+        return self.run.stage(
+            "family",
+            [*[one.digest for one in made], recipe.seed, recipe.task, recipe.distill, trainings,
+             {name: found[name]["shape"] for name in names}],
+            lambda at: scaling.teach(
+                at, recipe, {n: stages.read_plan(plans[n].folder).shape for n in names},
+                *[one.folder for one in made], self.progress,
+            ),
+        )  # fmt: skip
+
+    def frontier(self, ground: Ground, together: Made | None) -> Made | None:
+        """What shapes between the trained ones are worth."""
+        if together is None:
+            return None
+        recipe = self.recipe
+        inputs = [together.digest, ground.teacher.digest, ground.space.digest, ground.data.digest]
+        return self.run.stage(
+            "frontier", [*inputs, recipe.seed, recipe.export.primary],
+            lambda at: scaling.look(
+                at, recipe, together.folder, ground.teacher.folder, ground.space.folder,
+                ground.data.folder, self.progress,
             ),
         )  # fmt: skip
 
@@ -222,7 +283,7 @@ class _Still:
         recipe, top = self.recipe, name if name == "teacher" else f"students/{name}"
         formats = tuple(recipe.export.formats)
         onnx = self.run.stage(
-            f"{top}/onnx", [model.digest, formats, recipe.task.max_tokens],
+            f"{top}/onnx", [model.digest, formats, recipe.task],
             lambda at: stages.export(at, recipe, model.folder, data.folder, formats),
         )  # fmt: skip
         measured = self.run.stage(
@@ -236,94 +297,56 @@ class _Still:
         return Member(name=name, primary=primary, model=model, onnx=onnx, measured=measured)
 
     def member(
-        self, student: StudentSpec, plans: Mapping[str, Made], teacher: Made, signals: Made,
-        features: Made | None, space: Made, data: Made, original: Member,
+        self, student: StudentSpec, plans: Mapping[str, Made], ground: Ground,
+        features: Made | None, together: Made | None, original: Member,
     ) -> Member:  # fmt: skip
-        recipe, top = self.recipe, f"students/{student.name}"
-        plan = plans[student.name]
-        spec = plan.json("plan.json")
-        base = [spec["shape"], teacher.digest, space.digest, data.digest, recipe.seed, recipe.task]
-        training = recipe.training_of(student)
-
-        stored = features.folder if features else None
-
-        def make(at: Path, *, signals: Path | None, start: str, t: float | None = None) -> None:
-            shape = stages.read_plan(plan.folder).shape
-            teaching.distil(
-                at, recipe, student, shape, teacher.folder, space.folder, signals, data.folder,
-                self.progress, start=start, temperature=t, features=stored,
-            )  # fmt: skip
-
-        soft = recipe.distill.model_dump(exclude={"training"})
-        taught = [*base, training, soft, signals.digest, features.digest if features else None]
-        tried = chosen = None
-        if recipe.distill.temperature.candidates:
-            tried = self.run.stage(
-                f"{top}/temperature", taught,
-                lambda at: teaching.choose_temperature(
-                    at, recipe, student, stages.read_plan(plan.folder).shape, teacher.folder,
-                    space.folder, signals.folder, data.folder, self.progress, features=stored,
+        recipe, top, plan = self.recipe, f"students/{student.name}", plans[student.name]
+        taught = Taught(
+            self.run, recipe, self.progress, student, plan, ground, features
+        )
+        tried = taught.tried() if together is None else None
+        if together is None:
+            model = taught.model(tried)
+        else:
+            model = self.run.stage(
+                f"{top}/hf", [together.digest, *taught.start],
+                lambda at: scaling.extract(
+                    at, recipe, taught.shape(), together.folder, ground.teacher.folder,
+                    ground.space.folder, ground.data.folder,
                 ),
             )  # fmt: skip
-            chosen = tried.json("temperature.json")["chosen"]
-        model = self.run.stage(
-            f"{top}/hf", [*taught, chosen],
-            partial(make, signals=signals.folder, start="prefix", t=chosen),
-        )  # fmt: skip
-        member = self._measured(student.name, model, data, recipe.export.primary)
+        member = self._measured(student.name, model, ground.data, recipe.export.primary)
         assert member.measured is not None and original.measured is not None
         mine, theirs = member.measured, original.measured
         compared = self.run.stage(
             f"{top}/compare", [mine.digest, theirs.digest],
-            lambda at: evaluation.compare(at, mine.folder, theirs.folder, data.folder),
+            lambda at: evaluation.compare(
+                at, recipe, mine.folder, theirs.folder, ground.data.folder
+            ),
         )  # fmt: skip
-        baselines = {}
-        if self._needs_baselines(student, plans):
-            baselines["untaught"] = self._baseline(
-                student, "untaught", base, data,
-                lambda at: teaching.untaught(
-                    at, recipe, stages.read_plan(plan.folder).shape, teacher.folder, space.folder,
-                    data.folder,
-                ),
-            )  # fmt: skip
-            for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
-                baselines[name] = self._baseline(
-                    student, name, [*base, training, start], data,
-                    partial(make, signals=None, start=start),
-                )  # fmt: skip
+        baselines = taught.baselines() if self._needs_baselines(student, plans) else {}
+        if student.name in recipe.evidence.dedicated:
+            baselines["dedicated"] = taught.dedicated()
         return Member(
             name=student.name, primary=member.primary, model=model, onnx=member.onnx,
             measured=mine, plan=plan, compared=compared, tried=tried, features=features,
             baselines=baselines,
         )  # fmt: skip
 
-    def _baseline(
-        self, student: StudentSpec, name: str, inputs: list[Any], data: Made, make: Any
-    ) -> Made:
-        recipe, primary = self.recipe, self.recipe.export.primary
-        top = f"students/{student.name}/{name}"
-        model = self.run.stage(f"{top}/hf", inputs, make)
-        onnx = self.run.stage(
-            f"{top}/onnx", [model.digest, primary, recipe.task.max_tokens],
-            lambda at: stages.export(
-                at, recipe, model.folder, data.folder, (primary,), draft=True
-            ),
-        )  # fmt: skip
-        return self.run.stage(
-            f"{top}/quality", [model.digest, onnx.digest, data.digest],
-            lambda at: evaluation.quality_of(
-                at, recipe, evaluation.artifact_path(model.folder, onnx.folder, primary),
-                data.folder, f"{student.name}, {name}", self.progress,
-            ),
-        )  # fmt: skip
-
     def _needs_baselines(self, student: StudentSpec, plans: Mapping[str, Made]) -> bool:
-        params = {name: plan.json("plan.json")["cost"]["params"] for name, plan in plans.items()}
+        """A student that was not trained has none: nothing was spent on it."""
+        params = {
+            s.name: plans[s.name].json("plan.json")["cost"]["params"]
+            for s in self.recipe.students if s.trained
+        }  # fmt: skip
         smallest = min(params, key=params.__getitem__)
         which = self.recipe.evidence.baselines
-        return which == "all" or (which == "smallest" and student.name == smallest)
+        return (which == "all" and student.trained) or (
+            which == "smallest" and student.name == smallest
+        )
 
     def linear(self, data: Made) -> Made:
         return self.run.stage(
-            "linear", [data.digest], lambda at: evaluation.linear(at, data.folder, self.progress)
+            "linear", [data.digest],
+            lambda at: evaluation.linear(at, self.recipe, data.folder, self.progress),
         )

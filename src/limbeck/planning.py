@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from limbeck import stages
 from limbeck.architecture.cut import any_layers
 from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
 from limbeck.cores import cores, on_each
-from limbeck.models import build_classifier
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
+from limbeck.runtime_worker import random_inputs
 from limbeck.signals.choose import codec_settings, described, reason, store_bytes
 from limbeck.signals.codecs import bytes_per_position, logit_codec
 from limbeck.sources import fetch
-from limbeck.tasks.tables import read_table
+from limbeck.tasks.task import Task, outline
 from limbeck.types import Plan, Shape, SignalsCost
 
 _BATCH = 32
@@ -34,32 +35,32 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         recipe.teacher.model, where="recipe.teacher.model", base=base, kind="model"
     ).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
-    table = read_table(train, recipe.data, where="recipe.data.train")
-    labels = sorted({*table.labels})
-    config, axes = stages.untuned_axes(recipe, model_folder, labels)
+    task, num_rows = outline(recipe, train)
+    config, axes = stages.untuned_axes(recipe, model_folder, task)
+
     def measure(candidate: Candidate) -> float:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         shape = Shape(candidate.sizes, any_layers(axes, candidate.num_layers))
-        return stages.time_shape(recipe, config, axes, shape)
+        return stages.time_shape(recipe, task, config, axes, shape)
 
     def spread(count: int) -> tuple[int, ...]:
         return any_layers(axes, count)
 
-    space = stages.space_of(config, axes, recipe.export.primary)
+    space = stages.space_of(task, config, axes, recipe.export.primary)
     latency = LatencyModel(measure)
     students = tuple(
         plan_student(s, f"recipe.students.{s.name}.budget", space, axes, spread, latency)
         for s in recipe.students
     )
-    rows = _training_rows(recipe, len(table.texts))
-    sizes = {"vocab_size": len(labels), "rows": rows, "positions": rows}
+    rows = _training_rows(recipe, num_rows)
+    sizes = {"vocab_size": len(task.labels), "rows": rows, "positions": rows}
     settings = codec_settings(
         recipe.signals, temperature=recipe.distill.temperature.fixed, **sizes
     )
     progress.say("timing the teacher")
     return Plan(
         students=students,
-        signals=tuple(_signal_costs(recipe, config, settings, sizes)),
+        signals=tuple(_signal_costs(recipe, task, config, settings, sizes)),
         signals_reason=reason(recipe.signals, settings, **sizes),
     )
 
@@ -72,17 +73,17 @@ def _training_rows(recipe: Recipe, num_rows: int) -> int:
 
 
 def _signal_costs(
-    recipe: Recipe, config: Any, chosen: Mapping[str, Any], sizes: Mapping[str, int]
+    recipe: Recipe, task: Task, config: Any, chosen: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> Sequence[SignalsCost]:
-    """The chosen codec and the usual others; timed on batches of random tokens."""
-    model = build_classifier(config).eval()
-    shape = (_BATCH, recipe.task.max_tokens)
-    batches = [torch.randint(0, config.vocab_size, shape) for _ in range(cores())]
+    """The chosen codec and the usual others; timed on random inputs."""
+    model = task.build(config).eval()
+    drawn = random_inputs([asdict(one) for one in task.inputs(config)], _BATCH)
+    batches = [{name: torch.from_numpy(array) for name, array in drawn.items()}] * cores()
     keys = torch.zeros(_BATCH, 2, dtype=torch.int64)
 
     @torch.inference_mode()
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    def forward(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = model(**inputs).logits
         return logits
 
     list(on_each(forward, batches))  # warm

@@ -127,12 +127,18 @@ class StudentSpec(Spec):
     """Instead of `distill.training.epochs`: a small student affords more passes."""
     learning_rate: float | None = Field(None, gt=0, lt=1)
     """Instead of `distill.training.learning_rate`: a small student bears more."""
+    trained: bool = True
+    """false: not trained, but cut out of the elastic run's weights, between those that were
+    (`limbeck scale` adds such students)."""
 
 
 class EvidenceSpec(Spec):
     baselines: Literal["none", "smallest", "all"] = "smallest"
     """Which students are trained again for the same steps with hard labels only, from the same
     start and from random weights."""
+    dedicated: tuple[Name, ...] = ()
+    """Of an elastic run: these students also alone, from the same start, with the same loss and as
+    many steps as the run spent on them."""
     linear: bool = True
     """Also fit a linear model on TF-IDF of the same tokens, tuned on the validation rows."""
 
@@ -219,11 +225,41 @@ class Recipe(Spec):
         terms = [distill.hard_weight, distill.hidden, distill.embedding]
         if distill.balance != "fixed" and not any(terms):
             raise ValueError("`distill.balance` has no effect with one term: fixed, or hard_weight")
+        self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"
             )
         return self
+
+    def _check_elastic(self) -> None:
+        distill, cut = self.distill, [s for s in self.students if not s.trained]
+        if distill.run == "dedicated":
+            if cut:
+                raise ValueError(
+                    f"`{cut[0].name}` is not trained, and there is no elastic run to cut it from: "
+                    "`distill.run: elastic`"
+                )
+            if self.evidence.dedicated:
+                raise ValueError("`evidence.dedicated` has no effect: all students are dedicated")
+            return
+        trained = [s.name for s in self.students if s.trained]
+        if unknown := sorted({*self.evidence.dedicated} - {*trained}):
+            raise ValueError(f"`evidence.dedicated` names {unknown[0]!r}: some of the trained "
+                             f"students, {', '.join(trained)}")  # fmt: skip
+        if len(cut) == len(self.students):
+            raise ValueError("no student is trained: one or more with `trained: true`")
+        for name, given in (
+            ("hidden", distill.hidden), ("embedding", distill.embedding),
+            ("temperature.candidates", distill.temperature.candidates),
+        ):  # fmt: skip
+            if given:
+                raise ValueError(f"`distill.{name}` is for students in runs of their own: leave "
+                                 "it out, or `distill.run: dedicated`")  # fmt: skip
+        for student in cut:
+            if student.epochs or student.learning_rate:
+                raise ValueError(f"`epochs` and `learning_rate` have no effect on {student.name}, "
+                                 "which is not trained: leave them out")  # fmt: skip
 
     @classmethod
     def schema_json(cls, **_: Any) -> str:

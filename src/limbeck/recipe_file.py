@@ -27,6 +27,8 @@ _SETTINGS = "settings, one `name: value` a line"
 _START = "`limbeck recipes show quickstart` prints a recipe to start from"
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*(@\S+)?"  # what is no path may be one; `sources` says exactly
 
+RECIPE = "recipe.yaml"  # in a run's folder
+
 
 def built_in_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
@@ -110,7 +112,7 @@ def _find(recipe: str | Path) -> Path:
         return built_in[str(recipe)]
     path = Path(recipe).expanduser()
     if path.is_dir():
-        path = path / "recipe.yaml"
+        path = path / RECIPE
     if path.is_file():
         return path
     close = difflib.get_close_matches(str(recipe), built_in, 1)

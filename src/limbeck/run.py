@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from limbeck.errors import DamagedError, LimbeckError, RecipeError, RunFolderError
 from limbeck.recipe import Recipe
-from limbeck.recipe_file import differences, dump_recipe, fingerprint, load_recipe
+from limbeck.recipe_file import RECIPE, differences, dump_recipe, fingerprint, load_recipe
 
 # Timings and dates: checked, but not what a stage is made of.
 _NOTES = frozenset({"training.jsonl", "provenance.json"})
@@ -186,9 +186,9 @@ def open_run(folder: Path, recipe: Recipe, meter: Meter, *, repair: bool = False
     or seed), or something else entirely, or is in use. Other settings may change: what depends on
     them is made again.
     """
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if {".lock", "recipe.yaml"} <= names:  # a recipe without a lock is the user's own file
+    if {".lock", RECIPE} <= names:  # a recipe without a lock is the user's own file
         if any(folder.rglob("stage.json")):  # a try that made nothing leaves the folder free
             _same_recipe_or_refuse(folder, path, recipe, repair=repair)
     elif folder.exists() and (not folder.is_dir() or names - {".lock"}):
@@ -295,6 +295,15 @@ def read_index(path: Path, needed: Set[str]) -> dict[str, Any] | None:
     if record is None:
         raise damaged(path)
     return record
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def json_sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from limbeck.cores import on_each
 from limbeck.errors import LimbeckError, MissingExtraError
 from limbeck.recipe import Format
 from limbeck.runtime_worker import Predictor
+from limbeck.tasks.task import Rows
+from limbeck.types import Input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class Timing:
     does not count. With several, they are on the wall.
     """
 
-    latency_ms: float  # median of batch-1 calls with `max_tokens` tokens
+    latency_ms: float  # median of batch-1 calls with inputs of the largest size
     latency_p95_ms: float
     latency_iqr_ms: float  # spread: between the first and the third quarter of the calls
     latency_wall_ms: float  # median on the wall; far above `latency_ms`: the machine was busy
@@ -47,7 +49,7 @@ class Timing:
 
 
 def load_predictor(path: Path, format: Format, *, threads: int) -> Predictor:
-    """A function from ids (B, T) int64 and mask (B, T) int64 to logits (B, C) float32.
+    """A function from inputs by name, batch first, to logits (B, C) float32.
 
     Raises MissingExtraError without the extra 'export', LimbeckError where the file does not load.
     """
@@ -65,54 +67,43 @@ def load_predictor(path: Path, format: Format, *, threads: int) -> Predictor:
 def predict(
     path: Path,
     format: Format,
-    examples: Sequence[np.ndarray],
+    rows: Rows,
     *,
-    pad_id: int,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Logits (N, C) of examples that are each a row of token ids, in the order given.
+    """Logits (N, C) of the rows, in their order.
 
     Batches hold examples of like length, so that little is padded; int8 files get one example a
     call (see above). Each core has a call of its own. `progress` is told the number of examples
     done since it was last told.
     """
-    if not examples:
+    if not len(rows):
         raise ValueError("no examples to predict")
-    order = np.argsort([len(ids) for ids in examples], kind="stable")
+    order = np.argsort(rows.lengths, kind="stable")
     size = 1 if format == "onnx-int8" else batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     model = load_predictor(path, format, threads=1)
 
     def run(batch: np.ndarray) -> np.ndarray:
-        return model(*_padded([examples[i] for i in batch], pad_id))
+        inputs = rows.batch(batch.tolist()).inputs
+        return model({name: tensor.numpy() for name, tensor in inputs.items()})
 
     done: list[np.ndarray] = []
-    for rows in on_each(run, batches):
-        done.append(rows)
+    for found in on_each(run, batches):
+        done.append(found)
         if progress is not None:
-            progress(len(rows))
-    logits = np.empty((len(examples), done[0].shape[1]), dtype=np.float32)  # (N, C)
+            progress(len(found))
+    logits = np.empty((len(rows), done[0].shape[1]), dtype=np.float32)  # (N, C)
     logits[order] = np.concatenate(done)
     return logits
-
-
-def _padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(len(ids) for ids in rows)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)  # (B, T)
-    mask = np.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return ids, mask
 
 
 def time_artifact(
     path: Path,
     format: Format,
     *,
-    max_tokens: int,
-    vocab_size: int,
+    inputs: Sequence[Input],
     threads: int,
     runs: int,
     batch_size: int = 32,
@@ -121,12 +112,13 @@ def time_artifact(
     """Latency, throughput and memory of an exported file, in a process that holds nothing else.
 
     Batch-1 latency first, in rounds with pauses between; then memory; then batches of
-    `batch_size`. All inputs have `max_tokens` tokens.
+    `batch_size`. All inputs are of their largest size.
     Raises LimbeckError, with its last lines, where the process fails or takes too long.
     """
     request = {
-        "path": str(path.resolve()), "format": format, "max_tokens": max_tokens,
-        "vocab_size": vocab_size, "threads": threads, "runs": runs, "batch_size": batch_size,
+        "path": str(path.resolve()), "format": format,
+        "inputs": [asdict(one) for one in inputs],
+        "threads": threads, "runs": runs, "batch_size": batch_size,
     }  # fmt: skip
     environment = {
         **os.environ,

@@ -12,13 +12,15 @@ stdout: the fields of `limbeck.runtime.Timing`.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-# (B, T) int64 ids, (B, T) int64 mask -> (B, C) float32 logits
-Predictor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# inputs by name, batch first -> (B, C) float32 logits
+Arrays = Mapping[str, np.ndarray]
+Predictor = Callable[[Arrays], np.ndarray]
 
 # The calls are spread over rounds with a pause between: a neighbour's burst then spoils one round
 # and not the median of all calls.
@@ -27,7 +29,7 @@ _WARM_UP_CALLS = 5
 
 
 def load(path: str, format: str, threads: int) -> tuple[Predictor, str]:
-    """A function from ids and mask to logits, and the runtime's name and version."""
+    """A function from the inputs to logits, and the runtime's name and version."""
     return _load_hf(path, threads) if format == "hf" else _load_onnx(path, threads)
 
 
@@ -41,8 +43,8 @@ def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def predict(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+    def predict(inputs: Arrays) -> np.ndarray:
+        logits: np.ndarray = session.run(["logits"], dict(inputs))[0]
         return logits
 
     return predict, f"onnxruntime {onnxruntime.__version__}"
@@ -52,7 +54,8 @@ def _load_hf(path: str, threads: int) -> tuple[Predictor, str]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(
         path,
         use_safetensors=True,
         trust_remote_code=False,
@@ -61,11 +64,11 @@ def _load_hf(path: str, threads: int) -> tuple[Predictor, str]:
     ).eval()
 
     @torch.inference_mode()
-    def predict(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def predict(inputs: Arrays) -> np.ndarray:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)  # the process's, so it is given back
         try:
-            output = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+            output = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         finally:
             torch.set_num_threads(before)
         logits: np.ndarray = output.logits.numpy()
@@ -78,28 +81,27 @@ def measure(
     path: str,
     format: str,
     *,
-    max_tokens: int,
-    vocab_size: int,
+    inputs: Sequence[Mapping[str, Any]],
     threads: int,
     runs: int,
     batch_size: int,
 ) -> dict[str, object]:
-    """The fields of `Timing`: speed does not depend on what the tokens are."""
+    """The fields of `Timing`: speed does not depend on what the inputs are, but on their size."""
     predict, runtime = load(path, format, threads)
-    ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, max_tokens))  # (B, T) int64
-    mask = np.ones_like(ids)
+    batch = random_inputs(inputs, batch_size)
+    one = {name: array[:1] for name, array in batch.items()}
 
-    _seconds(predict, ids[:1], mask[:1], _WARM_UP_CALLS)
+    _seconds(predict, one, _WARM_UP_CALLS)
     rounds = []
     for part in np.array_split(np.arange(runs), _ROUNDS):
-        rounds += _seconds(predict, ids[:1], mask[:1], len(part))
+        rounds += _seconds(predict, one, len(part))
         time.sleep(_PAUSE_S)
     peak = peak_memory_bytes()  # before the large batches
 
-    _seconds(predict, ids, mask, 1)
+    _seconds(predict, batch, 1)
     batches = []
     for _ in range(_ROUNDS):
-        batches += _seconds(predict, ids, mask, 1)
+        batches += _seconds(predict, batch, 1)
         time.sleep(_PAUSE_S)
 
     # One thread: the time that it held a core. On a machine that does nothing else this is the
@@ -123,14 +125,27 @@ def measure(
     }
 
 
-def _seconds(
-    predict: Predictor, ids: np.ndarray, mask: np.ndarray, runs: int
-) -> list[tuple[float, float]]:
+def random_inputs(inputs: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, np.ndarray]:
+    """Of the largest size. `inputs` have the fields of `limbeck.types.Input`."""
+    random = np.random.default_rng(0)
+    found: dict[str, np.ndarray] = {}
+    for one in inputs:
+        size = (batch_size, *one["dims"])
+        if one["dtype"] == "float32":
+            found[one["name"]] = random.standard_normal(size, dtype=np.float32)
+        elif one["below"] is None:
+            found[one["name"]] = np.ones(size, dtype=np.int64)
+        else:
+            found[one["name"]] = random.integers(0, one["below"], size)
+    return found
+
+
+def _seconds(predict: Predictor, inputs: Arrays, runs: int) -> list[tuple[float, float]]:
     """Of each call: on the wall, and that this thread held a core."""
     seconds = []
     for _ in range(runs):
         held, wall = time.thread_time(), time.perf_counter()
-        predict(ids, mask)
+        predict(inputs)
         seconds.append((time.perf_counter() - wall, time.thread_time() - held))
     return seconds
 

@@ -35,17 +35,8 @@ from limbeck.architecture.plan import (
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.errors import RecipeError
-from limbeck.export.folder import save_folder
 from limbeck.export.onnx import export_onnx, quantize_int8
-from limbeck.models import (
-    build_classifier,
-    check_length,
-    head_labels,
-    label_config,
-    load_classifier,
-    num_parameters,
-    read_config,
-)
+from limbeck.models import num_parameters
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
@@ -57,12 +48,12 @@ from limbeck.signals.codecs import logit_codec
 from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
-from limbeck.tasks.text_classification import TextClassification
+from limbeck.tasks.task import Task, open_task
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.teaching import signal_origins, validator
 from limbeck.train import train
-from limbeck.types import Cost, Shape, StudentPlan
+from limbeck.types import Cost, Input, Shape, StudentPlan
 
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 
@@ -71,11 +62,11 @@ prepare_torch()
 
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
     """The teacher, taught the task if the recipe says so, as a plain Hugging Face folder."""
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     torch.manual_seed(recipe.seed)  # the new head
     if recipe.teacher.tune is None:
-        _require_head(model, task.labels)
-    classifier = load_classifier(model, task.labels, where="recipe.teacher.model")
+        _require_head(model, task)
+    classifier = task.load(model, where="recipe.teacher.model")
     if recipe.teacher.tune is not None:
         training = Training(
             rows=task.rows("train"),
@@ -86,13 +77,14 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
             title="teacher",
             validate=validator(task, recipe.seed),
         )
-        _show_example(task, progress)
+        progress.say(f"the first training example, {task.example()}")
         train(classifier, training, folder, progress)
-    save_folder(classifier, model, folder, labels=task.labels, max_tokens=recipe.task.max_tokens)
+    task.save(classifier, model, folder)
 
 
-def _require_head(model: Path, labels: Sequence[str]) -> None:
-    found = head_labels(model, where="recipe.teacher.model")
+def _require_head(model: Path, task: Task) -> None:
+    labels = task.labels
+    found = task.own_labels(model, where="recipe.teacher.model")
     if found is None or list(found) != list(labels):
         has = f"labels {', '.join(found[:8])}" if found else "no classification head"
         raise RecipeError(
@@ -107,19 +99,19 @@ def capture(
     licences: Mapping[str, str | None], progress: Progress,
 ) -> None:  # fmt: skip
     """What the teacher says about every training row, by the codec of these settings."""
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     rows = task.rows("train")
     sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
     signal_capture.capture(
         live_teacher(teacher, task), rows, {folder: logit_codec(settings)},
-        made_from=signal_origins(recipe, teacher, data), seed=recipe.seed, progress=progress,
+        made_from=signal_origins(task, teacher, data), seed=recipe.seed, progress=progress,
         provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
     )  # fmt: skip
 
 
-def live_teacher(teacher: Path, task: TextClassification) -> LiveTeacher:
-    model = load_classifier(teacher, task.labels, where="teacher")
+def live_teacher(teacher: Path, task: Task) -> LiveTeacher:
+    model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
 
@@ -127,21 +119,21 @@ def verify_signals(run: Path, num_rows: int) -> Verification:
     """A run's signals against its own teacher and rows. Raises DataError where they are others."""
     recipe, _ = load_recipe(run)
     teacher, data = run / "teacher/hf", run / "data"
-    open_store(run / "signals", made_from=signal_origins(recipe, teacher, data))
-    task = TextClassification(data)
+    task = open_task(recipe, data)
+    open_store(run / "signals", made_from=signal_origins(task, teacher, data))
     return verify(
         run / "signals", live_teacher(teacher, task), task.rows("train"), num_rows=num_rows
     )
 
 
-def survey(folder: Path, seed: int, teacher: Path, data: Path, progress: Progress) -> None:
+def survey(folder: Path, recipe: Recipe, teacher: Path, data: Path, progress: Progress) -> None:
     """The teacher's axes, proved; and how much each unit and layer matters."""
-    task = TextClassification(data)
-    model = load_classifier(teacher, task.labels, where="teacher")
-    axes = find_axes(model.config, build_classifier)
+    task, seed = open_task(recipe, data), recipe.seed
+    model = task.load(teacher, where="teacher")
+    axes = find_axes(model.config, task.build)
     rows = task.rows("train").sample(_IMPORTANCE_ROWS, seed=seed)
     axes = prove_axes(
-        model, model.config, build_classifier, axes, rows.batch(range(min(4, len(rows)))).inputs,
+        model, model.config, task.build, axes, rows.batch(range(min(4, len(rows)))).inputs,
         seed=seed,
     )  # fmt: skip
     scores = importance(model, [a for a in axes if a.proved], list(rows.batches(32)), progress)
@@ -165,23 +157,22 @@ def check_budgets(folder: Path, recipe: Recipe, model: Path, data: Path) -> None
 
     Raises RecipeError.
     """
-    config, axes = untuned_axes(recipe, model, TextClassification(data).labels)
-    space = space_of(config, axes, recipe.export.primary)
+    task = open_task(recipe, data)
+    config, axes = untuned_axes(recipe, model, task)
+    space = space_of(task, config, axes, recipe.export.primary)
     fits = {
         s.name: len(within_budget(f"recipe.students.{s.name}.budget", s.budget, space))
-        for s in recipe.students
-    }
+        for s in recipe.students if s.trained
+    }  # fmt: skip
     write_json(folder / "shapes.json", fits)
 
 
-def untuned_axes(recipe: Recipe, model: Path, labels: Sequence[str]) -> tuple[Any, Sequence[Axis]]:
+def untuned_axes(recipe: Recipe, model: Path, task: Task) -> tuple[Any, Sequence[Axis]]:
     """The architecture's config and its axes, proved on random weights."""
-    config = read_config(model, where="recipe.teacher.model")
-    check_length(config, recipe.task.max_tokens)
-    label_config(config, labels)
-    random = build_classifier(config)
+    config = task.read_config(model, where="recipe.teacher.model")
+    random = task.build(config)
     axes = prove_axes(
-        random, config, build_classifier, find_axes(config, build_classifier),
+        random, config, task.build, find_axes(config, task.build),
         example_inputs(random, config), seed=recipe.seed,
     )  # fmt: skip
     return config, axes
@@ -190,58 +181,63 @@ def untuned_axes(recipe: Recipe, model: Path, labels: Sequence[str]) -> tuple[An
 class Planner:
     """Plans one student after another; what was timed for one serves the next."""
 
-    def __init__(self, recipe: Recipe, teacher: Path, survey: Path, progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
+    def __init__(
+        self, recipe: Recipe, teacher: Path, survey: Path, data: Path, progress: Progress
+    ) -> None:
+        self.recipe, self.task, self.progress = recipe, open_task(recipe, data), progress
         self.config = AutoConfig.from_pretrained(teacher)
         self.axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
         self.scores = load_importance(survey / "importance.safetensors").layers
-        self.space = space_of(self.config, self.axes, recipe.export.primary)
+        self.space = space_of(self.task, self.config, self.axes, recipe.export.primary)
         self.latency = LatencyModel(self._time)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
-        layers = find_axis(self.axes, "layers")
-        pinned = layers.pinned if layers else ()
         plan = plan_student(
-            student,
-            where,
-            self.space,
-            self.axes,
-            lambda n: keep_layers(self.scores, n, pinned),
-            self.latency,
+            student, where, self.space, self.axes, self.layers_of, self.latency
         )
-        exact = shape_parameters(self.config, build_classifier, self.axes, plan.shape)
+        exact = shape_parameters(self.config, self.task.build, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
-        timed = [
+        write_json(folder / "plan.json", asdict(plan) | {"timed": self.timed()})
+
+    def layers_of(self, n: int) -> tuple[int, ...]:
+        """The n layers that matter most."""
+        layers = find_axis(self.axes, "layers")
+        return keep_layers(self.scores, n, layers.pinned) if layers else ()
+
+    def timed(self) -> list[dict[str, Any]]:
+        return [
             {"shape": dict(key), "latency_ms": t} for key, (_, t) in self.latency.measured.items()
         ]
-        write_json(folder / "plan.json", asdict(plan) | {"timed": timed})
 
     def _time(self, candidate: Candidate) -> float:
         shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
-        return time_shape(self.recipe, self.config, self.axes, shape)
+        return time_shape(self.recipe, self.task, self.config, self.axes, shape)
 
 
-def space_of(config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
+def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
     with torch.device("meta"):
-        model = build_classifier(config)
+        model = task.build(config)
     return candidates({n: tuple(p.shape) for n, p in model.named_parameters()}, axes, format)
 
 
-def time_shape(recipe: Recipe, config: Any, axes: Sequence[Any], shape: Shape) -> float:
+def time_shape(
+    recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape
+) -> float:
     """Median ms of a random-weight model of this shape, through the real export and runtime."""
     torch.manual_seed(0)
-    model = build_classifier(student_config(config, axes, shape)).eval()
+    own = student_config(config, axes, shape)
+    model = task.build(own).eval()
+    inputs = task.inputs(own)
     with tempfile.TemporaryDirectory(prefix="limbeck-") as name:
         folder = Path(name)
         if recipe.export.primary == "hf":
             model.save_pretrained(folder)  # type: ignore[operator]
         formats: set[str] = {recipe.export.primary}
-        path = _write_onnx(model, folder, recipe, formats, draft=True)[recipe.export.primary]
+        path = _write_onnx(model, folder, inputs, formats, draft=True)[recipe.export.primary]
         timing = runtime.time_artifact(
-            path, recipe.export.primary, max_tokens=recipe.task.max_tokens,
-            vocab_size=config.vocab_size, threads=recipe.measure.threads,
+            path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
             runs=recipe.measure.latency_runs,
         )  # fmt: skip
     return timing.latency_ms
@@ -260,31 +256,22 @@ def export(
     draft: bool = False,
 ) -> None:  # fmt: skip
     """The files that are shipped; as a draft those of a baseline, which is only asked questions."""
-    task = TextClassification(data)
-    classifier = load_classifier(model, task.labels, where=str(model)).eval()
-    _write_onnx(classifier, folder, recipe, set(formats), draft=draft)
+    task = open_task(recipe, data)
+    classifier = task.load(model, where=str(model)).eval()
+    inputs = task.inputs(classifier.config)
+    _write_onnx(classifier, folder, inputs, set(formats), draft=draft)
 
 
 def _write_onnx(
-    model: nn.Module, folder: Path, recipe: Recipe, formats: set[str], *, draft: bool
+    model: nn.Module, folder: Path, inputs: Sequence[Input], formats: set[str], *, draft: bool
 ) -> dict[str, Path]:
     paths = {"hf": folder}
     if formats & {"onnx-fp32", "onnx-int8"}:
         paths["onnx-fp32"] = folder / "model-fp32.onnx"
-        export_onnx(
-            model, paths["onnx-fp32"], max_tokens=recipe.task.max_tokens, draft=draft
-        )
+        export_onnx(model, paths["onnx-fp32"], inputs=inputs, draft=draft)
     if "onnx-int8" in formats:
         paths["onnx-int8"] = folder / "model-int8.onnx"
         quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
         if "onnx-fp32" not in formats:
             paths["onnx-fp32"].unlink()
     return paths
-
-
-def _show_example(task: TextClassification, progress: Progress) -> None:
-    rows = task.rows("train")
-    text, label = rows.texts[0], task.labels[rows.labels[0]]
-    progress.say(
-        f"the first training example, {len(rows.tokens[0])} tokens, label {label!r}: {text}"
-    )

@@ -23,7 +23,7 @@ from limbeck.observe import Observer
 from limbeck.ranks import ranks
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.run import read_index, write_json
-from limbeck.tasks.text_classification import Rows, order
+from limbeck.tasks.task import Rows, order
 from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4

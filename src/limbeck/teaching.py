@@ -18,10 +18,8 @@ from limbeck.architecture.cut import build_student, sort_units, student_config
 from limbeck.architecture.importance import load_importance
 from limbeck.cores import on_each
 from limbeck.errors import RecipeError
-from limbeck.export.folder import save_folder
 from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
-from limbeck.models import build_classifier, load_classifier
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
 from limbeck.progress import Progress
@@ -34,7 +32,7 @@ from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
-from limbeck.tasks.text_classification import TextClassification
+from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
@@ -60,7 +58,7 @@ def distil(
     `temperature` is what `choose_temperature` found, where the recipe leaves it to be found;
     `features` the folder that `store_features` filled, where it asks for any.
     """
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     model = _student(recipe, shape, teacher, survey, task, start)
     what = "" if signals else f", hard labels, {start} start"
     training = Training(
@@ -69,17 +67,17 @@ def distil(
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **_lesson(recipe, student, teacher, signals, data, temperature, features),
+        **lesson(recipe, student, teacher, signals, data, temperature, features),
     )
     train(model, training, folder, progress)
-    _save(model, recipe, teacher, folder, task)
+    task.save(cast(PreTrainedModel, model), teacher, folder)
 
 
-def _lesson(
-    recipe: Recipe, student: StudentSpec, teacher: Path, signals: Path | None, data: Path,
+def lesson(
+    recipe: Recipe, student: StudentSpec | None, teacher: Path, signals: Path | None, data: Path,
     temperature: float | None, features: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Who teaches, by which objective."""
+    """Who teaches, by which objective; without a student of its own for all of a family."""
     if signals is None:
         return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
     spec = recipe.distill
@@ -90,9 +88,9 @@ def _lesson(
         divergence=spec.divergence.kind,
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
-        features=_features(spec, student, features),
+        features=_features(spec, student, features) if student else (),
     )
-    origins = signal_origins(recipe, teacher, data)
+    origins = signal_origins(open_task(recipe, data), teacher, data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
@@ -140,9 +138,9 @@ def store_features(
     The map is made from some training rows and the students as they are cut.
     Raises RecipeError for a layer that there is not.
     """
-    task, spec = TextClassification(data), recipe.distill
+    task, spec = open_task(recipe, data), recipe.distill
     rows = task.rows("train")
-    classifier = load_classifier(teacher, task.labels, where="teacher")
+    classifier = task.load(teacher, where="teacher")
     stores: dict[Path, AnyCodec] = {}
     layers: tuple[str, ...] = ()
     if spec.hidden is not None:
@@ -163,7 +161,7 @@ def store_features(
         stores[folder / Need.EMBEDDING] = Embedding(dtype=spec.embedding.dtype)
     live = LiveTeacher(classifier, file_sha256(teacher / "model.safetensors"), layers)
     capture(
-        live, rows, stores, made_from=signal_origins(recipe, teacher, data), seed=recipe.seed,
+        live, rows, stores, made_from=signal_origins(task, teacher, data), seed=recipe.seed,
         progress=progress,
     )  # fmt: skip
 
@@ -205,7 +203,7 @@ def choose_temperature(
     The learning rate's whole course is run in each. Chosen is the one with the least cross-entropy
     on the validation rows' labels; the curve stays in `temperature.json`.
     """
-    task = TextClassification(data)
+    task = open_task(recipe, data)
     spec = recipe.training_of(student)
     short = spec.model_copy(update={"epochs": spec.epochs / _TEMPERATURE_SHARE})
     curve = []
@@ -215,75 +213,62 @@ def choose_temperature(
             spec=short,
             seed=recipe.seed,
             title=f"{student.name}, temperature {candidate:g}",
-            **_lesson(recipe, student, teacher, signals, data, candidate, features),
+            **lesson(recipe, student, teacher, signals, data, candidate, features),
         )
         model = _student(recipe, shape, teacher, survey, task, "prefix")
         trial = folder / f"trial-{candidate:g}"
         trial.mkdir(exist_ok=True)
         train(model, training, trial, progress)
-        curve.append({"temperature": candidate, "loss": _validation_loss(task, model)})
+        loss, _ = loss_and_accuracy(task.rows("validation"), model)
+        curve.append({"temperature": candidate, "loss": loss})
         shutil.rmtree(trial)
     chosen = min(curve, key=lambda point: point["loss"])["temperature"]
     found = {"chosen": chosen, "curve": curve, "steps": training.steps}
     write_json(folder / "temperature.json", found)
 
 
-def _validation_loss(task: TextClassification, model: nn.Module) -> float:
-    """Mean cross-entropy of all validation rows, nats."""
-    rows = task.rows("validation")
+def loss_and_accuracy(rows: Rows, model: nn.Module) -> tuple[float, float]:
+    """Mean cross-entropy with the labels, nats, and the share of right answers."""
 
     @torch.inference_mode()
-    def loss(batch: Batch) -> float:
+    def look(batch: Batch) -> tuple[float, int]:
         logits = model(**batch.inputs).logits
-        return float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
+        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+        return float(loss), int((logits.argmax(-1) == batch.labels).sum())
 
-    return sum(on_each(loss, rows.batches(32))) / len(rows)
+    losses, right = zip(*on_each(look, rows.batches(32)), strict=True)
+    return sum(losses) / len(rows), sum(right) / len(rows)
 
 
 def untaught(
     folder: Path, recipe: Recipe, shape: Shape, teacher: Path, survey: Path, data: Path
 ) -> None:
     """The sorted prefix as it is cut."""
-    task = TextClassification(data)
-    _save(_student(recipe, shape, teacher, survey, task, "prefix"), recipe, teacher, folder, task)
-
-
-def _save(
-    model: nn.Module, recipe: Recipe, teacher: Path, folder: Path, task: TextClassification
-) -> None:
-    save_folder(
-        cast(PreTrainedModel, model), teacher, folder, labels=task.labels,
-        max_tokens=recipe.task.max_tokens,
-    )  # fmt: skip
+    task = open_task(recipe, data)
+    model = _student(recipe, shape, teacher, survey, task, "prefix")
+    task.save(cast(PreTrainedModel, model), teacher, folder)
 
 
 def _student(
-    recipe: Recipe, shape: Shape, teacher: Path, survey: Path, task: TextClassification,
+    recipe: Recipe, shape: Shape, teacher: Path, survey: Path, task: Task,
     start: Start,
 ) -> nn.Module:  # fmt: skip
-    model = load_classifier(teacher, task.labels, where="teacher")
+    model = task.load(teacher, where="teacher")
     axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
     torch.manual_seed(recipe.seed)
     if start == "random":
-        return build_classifier(student_config(model.config, axes, shape))
+        return task.build(student_config(model.config, axes, shape))
     scores = load_importance(survey / "importance.safetensors")
     state = sort_units(model.state_dict(), axes, scores.units)
-    return build_student(model.config, build_classifier, axes, shape, state)
+    return build_student(model.config, task.build, axes, shape, state)
 
 
-def validator(task: TextClassification, seed: int) -> Callable[[nn.Module], float]:
+def validator(task: Task, seed: int) -> Callable[[nn.Module], float]:
     """Share of right answers on some validation rows."""
     rows = task.rows("validation").sample(_VALIDATION_ROWS, seed=seed)
 
-    def validate(model: nn.Module) -> float:
-        @torch.inference_mode()
-        def right(batch: Batch) -> int:
-            return int((model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
-
-        return sum(on_each(right, rows.batches(32))) / len(rows)
-
-    return validate
+    return lambda model: loss_and_accuracy(rows, model)[1]
 
 
-def signal_origins(recipe: Recipe, teacher: Path, data: Path) -> dict[str, Any]:
-    return origins(teacher, data / "train.parquet", max_tokens=recipe.task.max_tokens)
+def signal_origins(task: Task, teacher: Path, data: Path) -> dict[str, Any]:
+    return origins(teacher, data / "train.parquet", task.preprocessing(teacher))

@@ -117,16 +117,16 @@ def train(
         checkpoint.remove()
 
 
-def _validated(family: Family, validate: Callable[[nn.Module], float]) -> dict[str, float]:
+def _validated(family: Family, validate: Callable[[nn.Module], float]) -> dict[str, Any]:
     """Of a family the mean, and each size's own."""
     found = {}
     for name, size in family.sizes.items():
         size.refresh(family.weights)
         size.model.eval()
-        found[f"validation.{name}"] = validate(size.model)
+        found[name] = validate(size.model)
         size.model.train()
     mean = {"validation": sum(found.values()) / len(found)}
-    return mean | found if len(found) > 1 else mean
+    return mean | {"validations": found} if len(found) > 1 else mean
 
 
 def _point(
@@ -147,7 +147,7 @@ def _point(
     means = {k: sum(terms[k] for terms in by_size.values()) / len(by_size) for k in first.terms}
     point: dict[str, Any] = {"step": step, "loss": sum(means.values()), "terms": means}
     if found.of_family:
-        point |= {f"loss.{name}": loss for name, loss in losses.items()}
+        point["sizes"] = losses
     if first.norms:
         point["gradients"] = first.norms
         point["cosines"] = {f"{a}, {b}": cosine for (a, b), cosine in first.cosines.items()}

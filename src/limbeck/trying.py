@@ -9,7 +9,7 @@ import numpy as np
 
 from limbeck.errors import SourceError
 from limbeck.recipe import Format
-from limbeck.runtime import predict
+from limbeck.runtime import load_predictor
 
 
 def classify(student: Path, text: str) -> list[tuple[str, float]]:
@@ -19,8 +19,9 @@ def classify(student: Path, text: str) -> list[tuple[str, float]]:
 
     tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False, local_files_only=True)
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
-    ids = np.asarray(tokenizer(text, truncation=True)["input_ids"])
-    logits = predict(path, format, [ids], pad_id=tokenizer.pad_token_id or 0)[0]
+    encoded = tokenizer(text, truncation=True, return_tensors="np")
+    inputs = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    logits = load_predictor(path, format, threads=1)(inputs)[0]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     names = {int(i): name for i, name in config["id2label"].items()}

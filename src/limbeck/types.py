@@ -45,6 +45,17 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """One array that an exported model takes, (B, *dims)."""
+
+    name: str
+    dims: tuple[int, ...]  # the largest of each
+    free: tuple[str | None, ...]  # names of those that may be smaller; inputs share them by name
+    dtype: Literal["int64", "float32"] = "float32"
+    below: int | None = None  # of integers: how many there are; None: all are 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DenseTargets:
     """Every logit; whoever computes the loss divides by its temperature."""
 

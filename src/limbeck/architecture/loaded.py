@@ -91,6 +91,8 @@ class Loaded:
             return build_student(self.config, self.build, self.axes, shape, saved)
         except AxisError as error:
             raise Refused(f"the smaller model does not take its cut weights: {error}") from error
+        except Exception as error:  # a config may refuse a value in any way it likes
+            raise Refused(f"no smaller model can be built: {error}") from error
 
     def shape(self, sizes: Mapping[str, int]) -> Shape:
         """All layers, and these sizes."""

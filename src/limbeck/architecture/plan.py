@@ -175,13 +175,16 @@ def plan_student(
     axes: Sequence[Axis],
     layers_of: Callable[[int], tuple[int, ...]],
     latency: LatencyModel,
+    rank: Callable[[Candidate], float] | None = None,
 ) -> StudentPlan:
-    """The best shape for one budget.
+    """The best shape for one budget: that with the highest `rank`, by the module's rule if there is
+    none.
 
     `layers_of(n)` says which n layers are kept. Raises RecipeError for a budget that no shape can
     meet, with the smallest that one can.
     """
-    ranked = sorted(space, key=lambda c: (-score(c, axes), c.params))
+    rank = rank or (lambda c: score(c, axes))
+    ranked = sorted(space, key=lambda c: (-rank(c), c.params))
     if student.budget.latency_ms and not latency.measured:
         for anchor in _anchors(space):
             latency.measure(anchor)

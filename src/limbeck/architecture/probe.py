@@ -114,14 +114,14 @@ def _search(
 
 def _is_joint(one: Found) -> bool:
     """Counts that move together and nothing else: query heads with their key/value heads."""
-    main = {one.move.values[f] for f in one.move.fields.main}
-    return all(part.units not in main for part in one.parts)
+    return all(part.units == one.move.units and part.block > 1 for part in one.parts)
 
 
 def _explain(
     small: SmallCopy, probe: Probe, widths: Sequence[Probe], counts: Sequence[Probe]
 ) -> tuple[Found | None, str]:
     small_probe = replace(probe, value=small.prober.fields.get(probe.fields[0], probe.value))
+    second: Found | None = None
     reason = "no smaller size builds whose dimensions all shrink in even steps"
     for fields in hypotheses(small.prober, small_probe, widths, counts):
         move = measure(small.prober, fields)
@@ -129,11 +129,21 @@ def _explain(
             continue
         parts, left = find_parts(small.bench, move)
         if not left:
-            return Found(probe, move, tuple(parts)), ""
+            one = Found(probe, move, tuple(parts))
+            if not _regroups(one, counts):
+                return one, ""
+            second = second or one
+            continue
         if fields.all == probe.fields or "dimension" not in reason:
             where = "{} (dimension {})".format(*min(left))
             reason = f"{where} has no layout whose units are interchangeable"
-    return None, reason
+    return second, reason
+
+
+def _regroups(one: Found, counts: Sequence[Probe]) -> bool:
+    """Whether its blocks are units of a count that does not move with it: heads, most likely."""
+    others = {p.value for p in counts if not set(p.fields) & set(one.move.fields.all)}
+    return any(part.block > 1 and part.units in others for part in one.parts)
 
 
 def _queries(small: SmallCopy, one: Found) -> list[Found]:

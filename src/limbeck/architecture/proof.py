@@ -2,27 +2,26 @@
 
 - permuting the units of all its groups at random leaves the outputs as they were;
 - in every group leaving one dimension out, or moving half units, does not (else nothing is shown);
-- where each group lies in one layer, the cut equals the full model with the cut units zeroed;
-  elsewhere norms span the axis, and the smaller model must be found to have the same units;
+- the smaller model equals the full one with the cut units zeroed (`proof_cut`): each axis alone,
+  and those that only move together together;
 - a model with layers dropped equals the model with these layers skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from limbeck.architecture.axes import Axis, Group, find_axis, layer_of, stacks
-from limbeck.architecture.cut import cut
+from limbeck.architecture.axes import Axis, Group
 from limbeck.architecture.fields import Build
 from limbeck.architecture.loaded import TOLERANCE, Loaded, Refused, difference
+from limbeck.architecture.proof_cut import zeroing
 from limbeck.architecture.proof_layers import skipping
 from limbeck.architecture.proof_vocab import renaming
-from limbeck.types import Shape
 
 _CONTROLS = 3  # dimensions of a group to leave out, in turn, until one is missed
 
@@ -60,8 +59,7 @@ def _verdict(axis: Axis, bench: Loaded) -> Axis:
     if axis.labels:
         tests = (_layout, renaming)
     elif axis.groups:
-        inside = _lies_inside_layers(axis, bench) or _is_coupled(axis, bench)
-        tests = (_layout, _permutation, _zeroing if inside else _same_units)
+        tests = (_layout, _permutation, zeroing)
     elif not axis.pattern:
         return axis  # refused when it was looked for
     try:
@@ -72,21 +70,6 @@ def _verdict(axis: Axis, bench: Loaded) -> Axis:
         return replace(axis, proved=True, reason=reason)
     except Refused as refusal:
         return replace(axis, proved=False, reason=str(refusal))
-
-
-def _lies_inside_layers(axis: Axis, bench: Loaded) -> bool:
-    def home(parameter: str) -> tuple[str, int] | None:
-        for stack in stacks(bench.axes):
-            if place := layer_of(stack.pattern, parameter):
-                return stack.pattern, place[0]
-        return None
-
-    homes = [{home(m.parameter) for m in group.members} for group in axis.groups]
-    return all(len(found) == 1 and None not in found for found in homes)
-
-
-def _is_coupled(axis: Axis, bench: Loaded) -> bool:
-    return any(axis.name in other.coupled for other in bench.axes)
 
 
 def _layout(axis: Axis, bench: Loaded) -> str:
@@ -159,91 +142,3 @@ def _has_smaller_units(group: Group, bench: Loaded) -> bool:
     members = tuple(replace(m, block=m.block // part) for m in group.members)
     finer = replace(group, units=group.units * part, members=members)
     return not bench.change(finer, torch.arange(finer.units).roll(1))  # each block gets mixed
-
-
-def _zeroing(axis: Axis, bench: Loaded) -> str:
-    """Half of the units, drawn at random, cut; against the same units zeroed."""
-    kept = max(axis.granularity, axis.size // 2 // axis.granularity * axis.granularity)
-    if kept >= axis.size:
-        raise Refused(f"there is no size below {axis.size}")
-    moved = bench.moved(axis.groups)
-    zeroed = dict(moved)
-    for group in axis.groups:
-        for member in group.members:
-            if member.parameter not in zeroed:
-                continue
-            keep = torch.zeros(member.width(group.units))
-            for start, length in member.pieces(group.units, group.kept(kept, axis.size)):
-                keep[start : start + length] = 1
-            shape = [-1 if d == member.dim else 1 for d in range(zeroed[member.parameter].dim())]
-            zeroed[member.parameter] = zeroed[member.parameter] * keep.view(shape)
-    reference = bench.under(zeroed)
-    if _is_coupled(axis, bench):
-        # No config has these sizes alone: the full model's code, run on the smaller weights.
-        alone = [replace(axis, proved=True)]
-        try:
-            logits = bench.under(cut(moved, alone, Shape({axis.name: kept}, ())))
-        except (RuntimeError, ValueError):  # its code insists on the full size
-            return "not cut alone; see the axis it is coupled to"
-    else:
-        logits = bench.run(bench.student(bench.shape({axis.name: kept}), moved))
-    error = difference(logits, reference)
-    if error < TOLERANCE:
-        return f"cut equals zeroed to {error:.0e}"
-    if _is_coupled(axis, bench):  # the full model's code regroups the smaller weights, or a norm
-        return "not cut alone; see the axis it is coupled to"
-    if _spanned_by_norm(axis, bench):
-        return f"a norm spans it, so a cut is not the zeroed model; {_same_units(axis, bench)}"
-    raise Refused(f"cutting it to {kept} differs from zeroing the same units by {error:.1e}")
-
-
-def _spanned_by_norm(axis: Axis, bench: Loaded) -> bool:
-    """Whether statistics are taken over the units: a module of vectors alone, whose statistics are
-    not stored as a batch norm's are."""
-    for parameter in {m.parameter for group in axis.groups for m in group.members}:
-        owner, _, name = parameter.rpartition(".")
-        module = bench.model.get_submodule(owner)
-        flat = all(p.dim() == 1 for p in module.parameters(recurse=False))
-        if name == "weight" and flat and "running_mean" not in dict(module.named_buffers()):
-            return True
-    return False
-
-
-def _same_units(axis: Axis, bench: Loaded) -> str:
-    """A smaller model runs, and sees the same units: a count of heads regroups them unseen."""
-    partners = [other for name in axis.coupled if (other := find_axis(bench.axes, name))]
-    moved = bench.moved([group for one in (axis, *partners) for group in one.groups])
-    problem: Refused | None = None
-    for sizes in _smaller(axis, partners):
-        try:
-            student = bench.student(bench.shape(sizes), moved)
-            break
-        except Refused as refusal:  # one size may be special: a projection falls away
-            problem = refusal
-    else:
-        raise problem or Refused(f"there is no size below {axis.size}")
-    small = Loaded(student, bench.config, bench.build, bench.axes, bench.inputs, 0)
-    small.random = bench.random
-    worst = 0.0
-    for one in (axis, *partners):
-        size = sizes[one.name]
-        groups = [replace(group, units=group.kept(size, one.size)) for group in one.groups]
-        groups = [group for group in groups if group.units > 1]
-        error = difference(small.under(small.moved(groups)), small.reference)
-        if not error < TOLERANCE:
-            raise Refused(f"a model of {one.name}={size} has other units ({error:.1e})")
-        worst = max(worst, error)
-        if any(_has_smaller_units(group, small) for group in groups):
-            raise Refused(f"a model of {one.name}={size} has smaller units")
-    named = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    return f"a model of {named} has the same units, to {worst:.0e}"
-
-
-def _smaller(axis: Axis, partners: Sequence[Axis]) -> Iterator[dict[str, int]]:
-    """Sizes to try: about half first, and two units of what is coupled, so that they can swap."""
-    steps = axis.size // axis.granularity
-    half = min(max(2, steps // 2), steps - 1)
-    for kept in dict.fromkeys((half, half + 1, half - 1)):
-        if 0 < kept < steps:
-            size = kept * axis.granularity
-            yield {axis.name: size, **{p.name: size // axis.coupled[p.name] for p in partners}}

@@ -68,8 +68,9 @@ class Bench:
             for parameter in self.parameters.values():
                 if parameter.requires_grad:  # a frozen table is computed, not free
                     self._randomise(parameter)
-            shape = self.logits().shape
-        self.direction = self.noise(shape)
+            self.reference = self.logits()
+        self.direction = self.noise(self.reference.shape)
+        self.known: dict[tuple[object, ...], Found] = {}  # hypotheses ask for the same layouts
 
     def noise(self, shape: Iterable[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.random, dtype=torch.float64)
@@ -96,7 +97,6 @@ class Bench:
         order = torch.randperm(units, generator=self.random)
         saved = {name: self.tensors[name].detach().clone() for name, _ in layout}
         with torch.no_grad():
-            before = self.logits()
             try:
                 for (name, dim), member in layout.items():
                     channels = member.channels(order)
@@ -105,7 +105,8 @@ class Bench:
             finally:
                 for name, value in saved.items():
                     self.tensors[name].copy_(value)
-        return (after - before).abs().max().item() < _DIFFERENT * before.abs().max().item()
+        error, scale = (after - self.reference).abs().max(), self.reference.abs().max()
+        return error.item() < _DIFFERENT * scale.item()
 
 
 @dataclass
@@ -120,15 +121,16 @@ def find_groups(bench: Bench, layout: Layout, units: int) -> Found:
 
     The model's weights are as before on return.
     """
+    key = (units, frozenset(layout.items()))
+    if key not in bench.known:
+        bench.known[key] = _groups(bench, layout, units)
+    return bench.known[key]
+
+
+def _groups(bench: Bench, layout: Layout, units: int) -> Found:
     best: Found | None = None
     for first in range(min(_ATTEMPTS, units // 2)):
-        saved = {name: bench.tensors[name].detach().clone() for name, _ in layout}
-        try:
-            found = _with_twins(bench, layout, units, first)
-        finally:
-            with torch.no_grad():
-                for name, value in saved.items():
-                    bench.tensors[name].copy_(value)
+        found = _restored(bench, layout, units, first)
         if best is None or len(found.silent) < len(best.silent):
             best = found
         if not any(bench.tensors[name].dim() > 1 for name, _ in best.silent):
@@ -136,12 +138,42 @@ def find_groups(bench: Bench, layout: Layout, units: int) -> Found:
     assert best is not None, "a group needs two units"
     # Equal gradients can also be borrowed: a value's bias reads its twin from the next weight's
     # columns. Only a permutation of all units tells.
-    kept = [g for g in best.groups if bench.survives({d: layout[d] for d in g}, units)]
-    bound = best.bound.union(*(group for group in best.groups if group not in kept))
-    return Found(kept, bound, best.silent)
+    kept, failed = _surviving(bench, best.groups, layout, units)
+    if len(failed) > 1:  # parts of one group: who notices whom is not mutual, so ask all of them
+        dims = [dim for dim in layout if any(dim in group for group in failed)]
+        joined = _restored(bench, {d: layout[d] for d in dims}, units, 0, every=True).groups
+        whole, failed = _surviving(bench, joined, layout, units)
+        kept += whole
+    return Found(kept, best.bound.union(*failed), best.silent)
 
 
-def _with_twins(bench: Bench, layout: Layout, units: int, first: int) -> Found:
+def _surviving(
+    bench: Bench, groups: Iterable[frozenset[Dim]], layout: Layout, units: int
+) -> tuple[list[frozenset[Dim]], list[frozenset[Dim]]]:
+    """Those that survive a permutation, and the others."""
+    kept: list[frozenset[Dim]] = []
+    failed: list[frozenset[Dim]] = []
+    for group in groups:
+        survives = bench.survives({d: layout[d] for d in group}, units)
+        (kept if survives else failed).append(group)
+    return kept, failed
+
+
+def _restored(
+    bench: Bench, layout: Layout, units: int, first: int, *, every: bool = False
+) -> Found:
+    """`_with_twins`, and the weights as they were."""
+    saved = {name: bench.tensors[name].detach().clone() for name, _ in layout}
+    try:
+        return _with_twins(bench, layout, units, first, every)
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                bench.tensors[name].copy_(value)
+
+
+def _with_twins(bench: Bench, layout: Layout, units: int, first: int, every: bool) -> Found:
+    """`every`: break every dimension, not one for each group."""
     # Twins far apart: neighbours may sit in one head, whose channels are interchangeable.
     pair = (first, units - 1 - first)
     twins, dims = _Twins(bench, layout, units, pair), list(layout)
@@ -158,7 +190,7 @@ def _with_twins(bench: Bench, layout: Layout, units: int, first: int) -> Found:
 
     groups: list[set[Dim]] = []
     for dim in free:
-        if not any(dim in group for group in groups):
+        if every or not any(dim in group for group in groups):
             _join(groups, {dim, *twins.disturbed_by(dim, free)})
     silent = set()
     for dim in dims:

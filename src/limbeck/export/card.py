@@ -108,7 +108,7 @@ def _origins(
         ("teacher's licence", teacher.licence or unknown),
         ("data", data.uri),
         ("data's licence", data.licence or unknown),
-        ("shape", shape_text(student)),
+        ("shape", shape_text(student.shape)),
         ("why this shape", student.reason),
     ]
     if tokens := _max_tokens(report):

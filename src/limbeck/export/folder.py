@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from limbeck.models import label_config
-from limbeck.run import write_text
 
 # Of how the teacher's tokenizer was loaded, and of how long its own inputs were.
 _LEFT_BEHIND = (
@@ -20,16 +19,8 @@ _LEFT_BEHIND = (
 )  # fmt: skip
 
 
-def save_folder(
-    model: PreTrainedModel,
-    tokenizer_folder: Path,
-    folder: Path,
-    *,
-    labels: Sequence[str],
-    max_tokens: int,
-    card: str = "",
-) -> None:
-    """Write config, safetensors, tokenizer and (unless empty) the card as README.md.
+def save_model(model: PreTrainedModel, folder: Path, *, labels: Sequence[str]) -> None:
+    """Write config and safetensors.
 
     The same model gives the same bytes. Raises ValueError for a model that carries what its class
     does not know, such as a projector: nobody else could load it.
@@ -46,18 +37,15 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     config.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_folder, trust_remote_code=False, local_files_only=True
-    )
-    _save_tokenizer(tokenizer, folder, max_tokens)
     weights = folder / "model.safetensors"
     weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
-    if card:
-        write_text(folder / "README.md", card)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens: int) -> None:
+def save_tokenizer(origin: Path, folder: Path, *, max_tokens: int) -> None:
     """With the length that the model was taught; padding is for whoever calls it to choose."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        origin, trust_remote_code=False, local_files_only=True
+    )
     tokenizer.model_max_length = max_tokens
     tokenizer.name_or_path = ""
     for name in _LEFT_BEHIND:

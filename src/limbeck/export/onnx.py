@@ -1,7 +1,7 @@
 """A classifier as one ONNX file, and that file in int8.
 
-Inputs `input_ids` and `attention_mask`, both (B, T) int64 with B and T free; output `logits`
-(B, C) float32. The file is whole (no external data) and holds no trace of the machine that made it.
+Inputs as the task says (`Input`), with B and their free dimensions free; output `logits` (B, C)
+float32. The file is whole (no external data) and holds no trace of the machine that made it.
 Models of 2 GB and more do not fit into one file.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import MissingExtraError
 from limbeck.run import replaced
+from limbeck.types import Input
 
 if TYPE_CHECKING:
     import onnx
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 # Runtime 1.17 and later read it. Opset 23 has Attention as one op: no faster (BERT, 3 x 160 and
 # 6 x 384), and the int8 quantiser takes it for com.microsoft's op of the same name.
 _OPSET = 20
-_INPUTS, _OUTPUTS = ["input_ids", "attention_mask"], ["logits"]
+_OUTPUTS = ["logits"]
+_SMALL = 7  # at most, of a free dimension of the example that is traced
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph itself
 
 
-def export_onnx(model: nn.Module, path: Path, *, max_tokens: int, draft: bool = False) -> None:
-    """Write the model's forward to `path`, for 2 to `max_tokens` tokens.
+def export_onnx(
+    model: nn.Module, path: Path, *, inputs: Sequence[Input], draft: bool = False
+) -> None:
+    """Write the model's forward to `path`; free dimensions from 2 to what the inputs say.
 
     `draft` is for timing candidates whose weights mean nothing: torch's old exporter writes a
     file of the same speed in a tenth of the time. It follows one example through the model and
@@ -45,27 +49,39 @@ def export_onnx(model: nn.Module, path: Path, *, max_tokens: int, draft: bool = 
     if size > _MAX_BYTES:
         raise ValueError(f"{size} bytes of weights do not fit into one ONNX file (2 GB)")
     device = next(model.parameters()).device
-    # Two different sizes, so that the exporter cannot take one for the other.
-    ids = torch.ones(2, min(max_tokens, 7), dtype=torch.int64, device=device)  # (B, T)
+    example = tuple(_example(one).to(device) for one in inputs)
     write = _write_draft if draft else _write
+    module = _LogitsOnly(model, [one.name for one in inputs])
     with replaced(path) as aside, _eval(model), torch.no_grad(), _quiet():
-        write(_LogitsOnly(model), (ids, torch.ones_like(ids)), aside, max_tokens)
+        write(module, example, aside, inputs)
 
 
-def _write(module: nn.Module, example: tuple[Tensor, Tensor], path: Path, max_tokens: int) -> None:
+def _example(one: Input) -> Tensor:
+    """Two of batch and another size of what is free, lest the exporter take one for the other."""
+    dims = [min(n, _SMALL) if free else n for n, free in zip(one.dims, one.free, strict=True)]
+    return torch.ones(2, *dims, dtype=getattr(torch, one.dtype))
+
+
+def _write(
+    module: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: Sequence[Input]
+) -> None:
     # Seconds for MiniLM: torch.export 2, decomposing with symbolic sizes 4, onnxscript's table of
     # ops 1, translating and optimising 1. `verify` would run the model again: parity is measured
     # on real examples later.
-    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", max=max_tokens)
-    sizes = {0: batch, 1: tokens}
+    batch = torch.export.Dim("batch", min=1)
+    sizes = {n: torch.export.Dim(n, max=most) for n, most in _free(inputs).items()}
+    dynamic = [
+        {0: batch} | {at: sizes[name] for at, name in enumerate(one.free, 1) if name}
+        for one in inputs
+    ]
     program = torch.onnx.export(
         module,
         example,
         dynamo=True,
-        input_names=_INPUTS,
+        input_names=[one.name for one in inputs],
         output_names=_OUTPUTS,
         opset_version=_OPSET,
-        dynamic_shapes=(sizes, sizes),
+        dynamic_shapes=(tuple(dynamic),),
         custom_translation_table={
             torch.ops.aten.scaled_dot_product_attention.default: _attention_translation()
         },
@@ -82,31 +98,40 @@ def _write(module: nn.Module, example: tuple[Tensor, Tensor], path: Path, max_to
 
 
 def _write_draft(
-    module: nn.Module, example: tuple[Tensor, Tensor], path: Path, max_tokens: int
+    module: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: Sequence[Input]
 ) -> None:
-    del max_tokens  # the old exporter knows no bounds
-    sizes = {0: "batch", 1: "tokens"}
+    names = [one.name for one in inputs]
+    dynamic = {
+        one.name: {0: "batch"} | {at: name for at, name in enumerate(one.free, 1) if name}
+        for one in inputs
+    }
     torch.onnx.export(
         module,
         example,
         str(path),
         dynamo=False,
-        input_names=_INPUTS,
+        input_names=names,
         output_names=_OUTPUTS,
         opset_version=_OPSET,
-        dynamic_axes={**dict.fromkeys(_INPUTS, sizes), "logits": {0: "batch"}},
+        dynamic_axes={**dynamic, "logits": {0: "batch"}},
     )
 
 
+def _free(inputs: Sequence[Input]) -> dict[str, int]:
+    """The free dimensions by name, and the largest that they may be."""
+    found = (zip(one.free, one.dims, strict=True) for one in inputs)
+    return {name: most for pairs in found for name, most in pairs if name}
+
+
 class _LogitsOnly(nn.Module):
-    """Two inputs, one output; what else the model could take stays at its default."""
+    """The named inputs, one output; what else the model could take stays at its default."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self, *arrays: Tensor) -> Tensor:
+        output = self.model(**dict(zip(self.names, arrays, strict=True)))
         logits: Tensor = output.logits  # (B, C)
         return logits
 

@@ -34,7 +34,7 @@ class Hollow:
     """A baseline of a point, at the same place on the x axis."""
 
     y: float
-    kind: str  # mark: hard_labels, random_init, untaught
+    kind: str  # mark: hard_labels, random_init, untaught, dedicated
     name: str  # in words
     title: str
 
@@ -49,6 +49,7 @@ class Point:
     style: str  # CSS class
     title: str
     hollow: tuple[Hollow, ...] = ()
+    radius: float = 6.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +111,7 @@ def scatter(
     body += [_whiskers(p, frame) for p in points]
     body += [_mark(p, frame.x(p.x), frame.y(p.y)) for p in points]
     crowded = len(points) > 14  # then a label that fits nowhere is left to the tooltip
-    for p in points:
+    for p in (p for p in points if p.label):
         x, y, label = frame.x(p.x), frame.y(p.y), short(p.label)
         own = [*_covered(p, frame)]
         if spot := place_around(label, x, y, own=own, taken=taken, within=ROOM, must=not crowded):
@@ -179,7 +180,7 @@ def _whiskers(p: Point, frame: Frame) -> str:
     """The interval, and the thin line that joins a point with its baselines."""
     x, low, high = frame.x(p.x), frame.y(p.low), frame.y(p.high)
     path = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8"
-    body = f'<path class="whisker {p.style}" d="{path}"/>'
+    body = f'<path class="whisker {p.style}" d="{path}"/>' if p.low < p.high else ""
     if p.hollow:
         ends = [frame.y(p.y), *(frame.y(h.y) for h in frame.shown(p))]
         ends += [PLOT.bottom - 10] if frame.below(p) else []
@@ -198,12 +199,14 @@ def _hollow(title: str, path: str, style: str) -> str:
 
 
 def mark_path(kind: str, x: float, y: float) -> str:
-    """A baseline's mark: circle, triangle or square."""
+    """A baseline's mark: circle, triangle, diamond or square."""
     match kind:
         case "hard_labels":
             return f"M{x - 5:.1f} {y:.1f}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0Z"
         case "random_init":
             return f"M{x:.1f} {y - 5.5:.1f}l5.5 10h-11Z"
+        case "dedicated":
+            return f"M{x - 6:.1f} {y:.1f}l6 -6l6 6l-6 6Z"
         case _:
             return f"M{x - 4.5:.1f} {y - 4.5:.1f}h9v9h-9Z"
 
@@ -213,7 +216,7 @@ def _mark(p: Point, x: float, y: float) -> str:
     if p.style == "teacher":
         shape = f'<path class="dot teacher" d="M{x:.1f} {y - 8:.1f}l8 8l-8 8l-8 -8Z"/>'
     else:
-        shape = f'<circle class="dot {p.style}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>'
+        shape = f'<circle class="dot {p.style}" cx="{x:.1f}" cy="{y:.1f}" r="{p.radius:g}"/>'
     return f"<g>{title}{shape}</g>"
 
 

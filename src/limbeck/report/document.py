@@ -203,6 +203,8 @@ class Baselines(Spec):
     """Hard labels only, from random weights, same steps."""
     untaught: Quality | None = None
     """Cut out of the teacher and not trained at all."""
+    dedicated: Quality | None = None
+    """Of an elastic run: same start, loss and steps, with weights of its own."""
 
 
 class StudentEntry(TeacherEntry):
@@ -222,6 +224,29 @@ class StudentEntry(TeacherEntry):
     """By name; for a classifier one per class."""
     baselines: Baselines = Baselines()
     """What the student must be better than."""
+    trained: bool = True
+    """false: cut between the trained sizes of an elastic run."""
+
+
+class FrontierPoint(Spec):
+    """A shape of an elastic run: a trained size, or one between."""
+
+    name: str | None = None
+    """Of the student that has it."""
+    trained: bool
+    """Whether the run taught it, or only what it shares with those that it taught."""
+    shape: ShapeEntry
+    """What it keeps."""
+    params: int = Field(ge=1)
+    """Its parameters."""
+    size_mb: float = Field(gt=0)
+    """Of the primary file, as predicted, 10^6 bytes."""
+    quality: float
+    """On validation rows, fp32; a fraction. No row of it was held out from choosing."""
+    loss: float
+    """Mean cross-entropy on these rows, nats."""
+    n: int = Field(ge=1)
+    """Validation rows."""
 
 
 class Environment(Spec):
@@ -268,6 +293,10 @@ class TrainingPoint(Spec):
     """Between two parts' gradients, `soft, hard` say: below 0 they pull against each other."""
     weights: dict[str, float] = Field(default_factory=dict)
     """The balance's factor of each part, where it is not fixed."""
+    sizes: dict[str, float] = Field(default_factory=dict)
+    """Of an elastic run: the loss of each size that the step taught."""
+    validations: dict[str, float] = Field(default_factory=dict)
+    """Of an elastic run: each size's `validation`."""
     examples_per_s: float | None = None
     """Training speed."""
     validation: float | None = None
@@ -295,6 +324,8 @@ class Report(Spec):
     """Curves by the name of the model that was trained."""
     labels: tuple[str, ...] = ()
     """Class names, by index."""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """Of an elastic run, the largest first."""
     layer_importance: tuple[float, ...] | None = None
     """By the teacher's layer; more is more important."""
     warnings: tuple[str, ...] = ()

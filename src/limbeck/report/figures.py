@@ -13,11 +13,13 @@ from limbeck.report.wording import (
     BASELINES,
     NONE,
     bytes_text,
+    count_text,
     energy_text,
     latency_text,
     percent,
     quality_text,
     seconds_text,
+    shape_text,
 )
 
 Costs = Callable[[TeacherEntry], tuple[float, str] | None]  # on the x axis, and in words
@@ -163,6 +165,35 @@ def _training_table(points: Sequence[TrainingPoint]) -> Table:
     )
     titles = [LOSSES[key] for key in shown]
     return Table(("step", *titles, "examples/s", "validation"), rows)
+
+
+def frontier_figure(report: Report) -> str:
+    """What an elastic run holds: its sizes, and what may be cut between them."""
+    students = {s.name: i for i, s in enumerate(report.students)}
+    points, rows = [], []
+    for p in report.frontier:
+        said = f"{count_text(p.params)} parameters, {p.size_mb:.2f} MB"
+        kind = "trained" if p.trained else "not trained"
+        style = f"s{students[p.name] % 8}" if p.name in students else "between"
+        who, shape = p.name or "between", shape_text(p.shape)
+        title = f"{who}: {percent(p.quality)}, {said}, {shape}, {kind}"
+        points.append(
+            Point(
+                label=p.name or "", x=p.params / 1e6, y=p.quality, low=p.quality, high=p.quality,
+                style=style, title=title, radius=6.5 if p.name else 3.5,
+            )
+        )  # fmt: skip
+        cells = (count_text(p.params), f"{p.size_mb:.2f}", percent(p.quality), f"{p.loss:.3f}")
+        rows.append((p.name or NONE, kind, *cells, shape_text(p.shape)))
+    title, first = "Sizes that one run holds", report.frontier[0]
+    about = (
+        f"Small dots were never trained: `limbeck scale` cuts them in a minute. fp32, "
+        f"{first.n:,} validation rows, which the choice between them is made on."
+    )
+    axis = "parameters, millions (logarithmic)"
+    drawing = scatter(points, None, title=title, x_label=axis, y_label=f"{report.metric}, %")
+    heads = ("student", "", "parameters", "MB", report.metric, "loss", "shape")
+    return figure(title, about, drawing, Table(heads, tuple(rows)))
 
 
 def stages_figure(report: Report) -> str:

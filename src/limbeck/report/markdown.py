@@ -38,7 +38,7 @@ def markdown(report: Report) -> str:
         "Latency is of one example, throughput of batches of 32, memory the peak of the process; "
         "all of the exported file. In brackets: 95 % intervals.",
         "\n".join(
-            f"- **{_plain(s.name)}**: {_plain(shape_text(s))}. {_plain(s.reason)}"
+            f"- **{_plain(s.name)}**: {_plain(shape_text(s.shape))}. {_plain(s.reason)}"
             for s in report.students
         ),
         "## Budgets",

@@ -7,7 +7,13 @@ from pathlib import Path
 from string import Template
 
 from limbeck.report.document import Capability, Report, StudentEntry
-from limbeck.report.figures import importance_figure, scatters, stages_figure, training_figures
+from limbeck.report.figures import (
+    frontier_figure,
+    importance_figure,
+    scatters,
+    stages_figure,
+    training_figures,
+)
 from limbeck.report.markdown import REPEAT
 from limbeck.report.tables import (
     Table,
@@ -62,6 +68,9 @@ def _sections(report: Report) -> Iterator[str]:
     cards = "".join(_card(report, i, student) for i, student in enumerate(report.students))
     yield section("The family", _family_words(report), f'<div class="grid">{cards}</div>')
     yield section("What it costs", "", scatters(report))
+    if report.frontier:
+        said = "One set of weights holds all of these sizes: the smaller are parts of the larger."
+        yield section("Between the sizes", said, frontier_figure(report))
     if any(student.capabilities for student in report.students):
         yield section("What each student kept", _kept_words(report), _kept(report))
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
@@ -146,7 +155,7 @@ def _card(report: Report, index: int, student: StudentEntry) -> str:
         f"<span>{text(count_text(student.params))} parameters</span></h3>"
         f'<p class="big">{text(kept)}</p><p class="small">{text(about)}</p>'
         f'<ul class="facts">{rows}</ul>'
-        f'<p class="small">{text(shape_text(student))}. {text(student.reason)}</p></article>'
+        f'<p class="small">{text(shape_text(student.shape))}. {text(student.reason)}</p></article>'
     )
 
 

@@ -12,13 +12,16 @@ from limbeck.report.document import (
     Quality,
     Report,
     Retention,
-    StudentEntry,
+    ShapeEntry,
     TeacherEntry,
 )
 
 NONE = "–"  # not measured
 BUDGETS: dict[str, str] = {"params": "parameters", "size_mb": "size", "latency_ms": "latency"}
-BASELINES = {"hard_labels": "hard labels", "random_init": "random start", "untaught": "untaught"}
+BASELINES = {
+    "hard_labels": "hard labels", "random_init": "random start", "untaught": "untaught",
+    "dedicated": "trained alone",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ def verdicts(report: Report) -> list[Verdict]:
         quality, plain = student.main.quality, student.baselines.hard_labels
         if quality and plain:
             found.append(_against(student.name, quality, "the same model without a teacher", plain))
+        if quality and (alone := student.baselines.dedicated):
+            found.append(_against(student.name, quality, "the same model trained alone", alone))
     return found
 
 
@@ -120,9 +125,9 @@ def _times(before: float, after: float, better: str, worse: str) -> str | None:
     return f"{ratio:.1f}× {word}" if ratio < 99.5 else f"{ratio:,.0f}× {word}"
 
 
-def shape_text(student: StudentEntry) -> str:
-    sizes = [f"{axis} {size}" for axis, size in student.shape.sizes.items()]
-    layers = ", ".join(str(layer) for layer in student.shape.layers) or "none"
+def shape_text(shape: ShapeEntry) -> str:
+    sizes = [f"{axis} {size}" for axis, size in shape.sizes.items()]
+    layers = ", ".join(str(layer) for layer in shape.layers) or "none"
     return " · ".join([*sizes, f"layers {layers}"])
 
 

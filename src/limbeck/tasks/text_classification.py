@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from limbeck.errors import DataError, SourceError
+from limbeck import models
+from limbeck.errors import SourceError
+from limbeck.export.folder import save_model, save_tokenizer
 from limbeck.recipe import Recipe
-from limbeck.run import replaced, write_json
-from limbeck.tasks.tables import Table, read_table
-from limbeck.types import Batch
+from limbeck.run import json_sha256, replaced, write_json
+from limbeck.tasks.splits import check_labels, hold_out, limited
+from limbeck.tasks.tables import read_table
+from limbeck.types import Batch, Input
 
-SPLITS = ("train", "validation", "test")
 _CHARACTERS_PER_TOKEN = 16  # more than words have; a text of longer ones is tokenised whole
 
 
@@ -38,6 +40,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(tokens) for tokens in self.tokens])
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Padded on the right to the longest; (B, T)."""
@@ -72,19 +78,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class TextClassification:
-    """Prepared data in a folder: one Parquet file per split and the label names."""
+    """Prepared data in a folder: one Parquet file per split. See `tasks.task.Task`."""
 
-    folder: Path
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        return json.loads((self.folder / "data.json").read_text(encoding="utf-8"))
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return tuple(self.about["labels"])
+    labels: tuple[str, ...]
+    max_tokens: int
+    folder: Path | None = None
+    pad_id: int = 0
 
     def rows(self, split: str) -> Rows:
+        assert self.folder is not None
         table = pq.read_table(self.folder / f"{split}.parquet")
         tokens = table["tokens"].combine_chunks()
         flat, ends = tokens.values.to_numpy(), tokens.offsets.to_numpy()
@@ -93,17 +95,70 @@ class TextClassification:
             labels=table["label"].to_numpy(),
             tokens=tuple(flat[a:b] for a, b in itertools.pairwise(ends)),
             texts=tuple(table["text"].to_pylist()),
-            pad_id=self.about["pad_id"],
+            pad_id=self.pad_id,
         )
 
+    def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
+        config = models.read_config(folder, where=where)
+        models.check_length(config, self.max_tokens)
+        models.label_config(config, self.labels)
+        return config
 
-def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation that depends on seed and epoch alone: a resume needs no state."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
+        return models.head_labels(folder, where=where)
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        return models.build_classifier(config)
+
+    def load(self, folder: Path, *, where: str) -> PreTrainedModel:
+        return models.load_classifier(folder, self.labels, where=where)
+
+    def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:
+        save_model(model, folder, labels=self.labels)
+        save_tokenizer(origin, folder, max_tokens=self.max_tokens)
+
+    def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
+        vocab_size: int = config.vocab_size
+        mask = Input(
+            name="attention_mask", dims=(self.max_tokens,), free=("tokens",), dtype="int64"
+        )
+        return replace(mask, name="input_ids", below=vocab_size), mask
+
+    def preprocessing(self, model: Path) -> Mapping[str, Any]:
+        """The tokenizer counts by token identity: another with as many tokens, or one with the
+        same tokens at other ids, is another. So does how it cuts text into words."""
+        tokenizer = models.load_tokenizer(model, where=str(model))
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for changing in ("truncation", "padding", "model", "added_tokens"):
+            rules.pop(changing, None)
+        template = tokenizer.chat_template
+        return {
+            "tokenizer": json_sha256(tokenizer.get_vocab()),
+            "chat_template": json_sha256(template) if template else None,
+            "preprocessing": {"max_tokens": self.max_tokens, "rules": json_sha256(rules)},
+        }
+
+    def example(self) -> str:
+        rows = self.rows("train")
+        label = self.labels[rows.labels[0]]
+        return f"{len(rows.tokens[0])} tokens, label {label!r}: {rows.texts[0]}"
+
+
+def open_task(recipe: Recipe, folder: Path) -> TextClassification:
+    about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    return TextClassification(
+        tuple(about["labels"]), recipe.task.max_tokens, folder, about["pad_id"]
+    )
+
+
+def outline(recipe: Recipe, train: Path) -> tuple[TextClassification, int]:
+    table = read_table(train, recipe.data, where="recipe.data.train")
+    task = TextClassification(tuple(sorted({*table.labels})), recipe.task.max_tokens)
+    return task, len(table.texts)
 
 
 def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder: Path) -> None:
-    """Read, check, split and tokenise; write `folder` for `TextClassification`.
+    """Read, check, split and tokenise; write `folder` for `open_task`.
 
     Raises DataError for empty data, too few labels, or test labels that training never shows;
     SourceError for a folder `model` that holds no text model with its tokenizer.
@@ -113,28 +168,26 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     everything = np.arange(len(table.texts))
     if test is None:
         assert data.test_fraction is not None  # the recipe checked it
-        held, kept = _split(table, everything, data.test_fraction, recipe.seed, "test")
+        held, kept = hold_out(table.groups, everything, data.test_fraction, recipe.seed, "test")
         test_table, test_at = table, held
     else:
         test_table, kept = read_table(test, data, where="recipe.data.test"), everything
         test_at = np.arange(len(test_table.texts))
-    validation_at, train_at = _split(
-        table, kept, data.validation_fraction, recipe.seed, "validation"
+    validation_at, train_at = hold_out(
+        table.groups, kept, data.validation_fraction, recipe.seed, "validation"
     )
-    train_at = _sample(train_at, data.max_train_rows, recipe.seed)
-    test_at = _sample(test_at, data.max_test_rows, recipe.seed)
+    train_at = limited(train_at, data.max_train_rows, recipe.seed)
+    test_at = limited(test_at, data.max_test_rows, recipe.seed)
     labels = sorted({table.labels[i] for i in train_at})
-    _check_labels(labels, table, validation_at, "recipe.data.train (validation rows)")
-    _check_labels(labels, test_table, test_at, "recipe.data.test")
+    check_labels(labels, table.labels, validation_at, "recipe.data.train (validation rows)")
+    check_labels(labels, test_table.labels, test_at, "recipe.data.test")
     shared = len({table.texts[i] for i in train_at} & {test_table.texts[i] for i in test_at})
 
-    from limbeck.models import check_length, head_labels, load_tokenizer, read_config
-
     where = "recipe.teacher.model"
-    config = read_config(model, where=where)
-    check_length(config, recipe.task.max_tokens)
-    tokenizer = load_tokenizer(model, where=where)
-    own = head_labels(model, where=where)
+    config = models.read_config(model, where=where)
+    models.check_length(config, recipe.task.max_tokens)
+    tokenizer = models.load_tokenizer(model, where=where)
+    own = models.head_labels(model, where=where)
     if own is not None and sorted(own) == labels:
         labels = list(own)  # in the order that the head has learnt
     for split, source, at in (
@@ -160,55 +213,6 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         "texts_in_train_and_test": shared,
     }
     write_json(folder / "data.json", about)
-
-
-def _split(
-    table: Table, rows: np.ndarray, fraction: float, seed: int, purpose: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(held out, kept); rows with the same group stay together."""
-    keys = [table.groups[i] if table.groups else str(i) for i in rows]
-    unique = sorted(set(keys))
-    random = np.random.default_rng((seed, len(purpose)))
-    random.shuffle(unique)
-    target, chosen, taken = math.ceil(fraction * len(rows)), set(), 0
-    sizes: dict[str, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
-    for key in unique:
-        if taken >= target:
-            break
-        chosen.add(key)
-        taken += sizes[key]
-    held = np.array([key in chosen for key in keys])
-    if held.all() or not held.any():
-        raise DataError(
-            "recipe.data", f"{len(rows)} rows in {len(unique)} groups leave nothing to train on or "
-            f"to hold out for {purpose}", allowed="at least one group of rows for each",
-            fix="give more data",
-        )  # fmt: skip
-    return rows[held], rows[~held]
-
-
-def _sample(rows: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng((seed, 99)).permutation(rows)[:limit])
-
-
-def _check_labels(labels: Sequence[str], table: Table, rows: np.ndarray, where: str) -> None:
-    if len(labels) < 2:
-        raise DataError(
-            "recipe.data.train", f"the only label is {labels[0]!r}", allowed="two or more",
-            fix="check data.label and data.max_train_rows",
-        )  # fmt: skip
-    unknown = sorted({table.labels[i] for i in rows} - {*labels})
-    if unknown:
-        raise DataError(
-            where, f"labels that the training rows lack: {', '.join(unknown[:8])}",
-            allowed=f"{len(labels)} labels: {', '.join(labels[:8])}"
-            + (", ..." if len(labels) > 8 else ""),
-            fix="mend those rows, or set data.label, the split or max_train_rows otherwise",
-        )  # fmt: skip
 
 
 def _check_vocabulary(tokens: Sequence[Sequence[int]], vocab_size: int, where: str) -> None:

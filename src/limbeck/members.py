@@ -1,0 +1,119 @@
+"""One student's own trainings: from the teacher, and those that it is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from limbeck.lazily import evaluation, stages, teaching
+from limbeck.progress import Progress
+from limbeck.recipe import Recipe, StudentSpec
+from limbeck.run import Made, Run
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every student comes from."""
+
+    data: Made
+    teacher: Made
+    signals: Made
+    space: Made
+
+
+class Taught:
+    """The trainings of one student; each is a stage of the run."""
+
+    def __init__(
+        self, run: Run, recipe: Recipe, progress: Progress, student: StudentSpec, plan: Made,
+        ground: Ground, features: Made | None,
+    ) -> None:  # fmt: skip
+        self.run, self.recipe, self.progress = run, recipe, progress
+        self.student, self.plan, self.ground, self.features = student, plan, ground, features
+        self.training = recipe.training_of(student)
+        self.start = [
+            plan.json("plan.json")["shape"], ground.teacher.digest, ground.space.digest,
+            ground.data.digest, recipe.seed, recipe.task,
+        ]  # fmt: skip
+        soft = recipe.distill.model_dump(exclude={"training", "run"})
+        stored = features.digest if features else None
+        self.inputs = [*self.start, self.training, soft, ground.signals.digest, stored]
+
+    def shape(self) -> Any:
+        return stages.read_plan(self.plan.folder).shape
+
+    def tried(self) -> Made | None:
+        """Temperatures, where the recipe leaves the choice."""
+        recipe, ground = self.recipe, self.ground
+        if not recipe.distill.temperature.candidates:
+            return None
+        return self.run.stage(
+            f"students/{self.student.name}/temperature", self.inputs,
+            lambda at: teaching.choose_temperature(
+                at, recipe, self.student, self.shape(), ground.teacher.folder, ground.space.folder,
+                ground.signals.folder, ground.data.folder, self.progress,
+                features=self.features.folder if self.features else None,
+            ),
+        )  # fmt: skip
+
+    def model(self, tried: Made | None) -> Made:
+        chosen = tried.json("temperature.json")["chosen"] if tried else None
+        return self.run.stage(
+            f"students/{self.student.name}/hf", [*self.inputs, chosen],
+            partial(self._train, signals=True, start="prefix", temperature=chosen),
+        )
+
+    def baselines(self) -> dict[str, Made]:
+        recipe, ground = self.recipe, self.ground
+        found = {
+            "untaught": self._held_against(
+                "untaught", self.start,
+                lambda at: teaching.untaught(
+                    at, recipe, self.shape(), ground.teacher.folder, ground.space.folder,
+                    ground.data.folder,
+                ),
+            )
+        }  # fmt: skip
+        for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
+            found[name] = self._held_against(
+                name, [*self.start, self.training, start],
+                partial(self._train, signals=False, start=start),
+            )
+        return found
+
+    def dedicated(self) -> Made:
+        """Alone, where the student itself comes from an elastic run."""
+        make = partial(self._train, signals=True, start="prefix")
+        return self._held_against("dedicated", self.inputs, make)
+
+    def _held_against(self, name: str, inputs: list[Any], make: Any) -> Made:
+        """A training's model, exported and asked as the student itself is."""
+        recipe, primary, data = self.recipe, self.recipe.export.primary, self.ground.data
+        top = f"students/{self.student.name}/{name}"
+        model = self.run.stage(f"{top}/hf", inputs, make)
+        onnx = self.run.stage(
+            f"{top}/onnx", [model.digest, primary, recipe.task],
+            lambda at: stages.export(
+                at, recipe, model.folder, data.folder, (primary,), draft=True
+            ),
+        )  # fmt: skip
+        return self.run.stage(
+            f"{top}/quality", [model.digest, onnx.digest, data.digest],
+            lambda at: evaluation.quality_of(
+                at, recipe, evaluation.artifact_path(model.folder, onnx.folder, primary),
+                data.folder, f"{self.student.name}, {name}", self.progress,
+            ),
+        )  # fmt: skip
+
+    def _train(
+        self, at: Path, *, signals: bool, start: str, temperature: float | None = None
+    ) -> None:
+        ground = self.ground
+        teaching.distil(
+            at, self.recipe, self.student, self.shape(), ground.teacher.folder,
+            ground.space.folder, ground.signals.folder if signals else None, ground.data.folder,
+            self.progress, start=start, temperature=temperature,
+            features=self.features.folder if self.features else None,
+        )  # fmt: skip

@@ -1,0 +1,146 @@
+"""An elastic run: one training for all students, and more of them cut without any."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+import limbeck
+from limbeck.cli import main
+from limbeck.errors import RecipeError, RunFolderError
+from limbeck.recipe_file import validate
+from tiny_world import make_known_world, quickly
+
+IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 40, 41, 42, 3]])
+MODELS = [
+    {"name": "small", "budget": {"params": 7000}, "epochs": 2, "learning_rate": 6e-3},
+    {"name": "large", "budget": {"params": 14000}, "epochs": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = make_known_world(tmp_path_factory.mktemp("world"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["students"] = MODELS
+    recipe["distill"]["run"] = "elastic"
+    recipe["evidence"]["dedicated"] = ["small"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(world) -> Path:
+    out = world / "run"
+    with quickly():
+        limbeck.distill(world / "recipe.yaml", out)
+    return out
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_ids=IDS).logits
+
+
+def student(run: Path, name: str) -> torch.Tensor:
+    folder = run / "students" / name / "hf"
+    return logits(AutoModelForSequenceClassification.from_pretrained(folder))
+
+
+def test_one_training_makes_all_students(run):
+    report = limbeck.load_report(run)
+    assert {"family", "small/dedicated"} <= report.training.keys()
+    assert not {"small", "large"} & report.training.keys()
+    family = limbeck.load_family(run)
+    assert [*family.sizes] == ["large", "small"]  # the largest first, whatever the recipe's order
+    for name in family.sizes:
+        torch.testing.assert_close(logits(family.family.extract(name)), student(run, name))
+    large, small = (family.family.sizes[name].model for name in ("large", "small"))
+    wide, narrow = large.classifier.weight, small.classifier.weight
+    assert narrow.shape[1] < wide.shape[1]
+    assert torch.equal(wide[:, : narrow.shape[1]], narrow)  # one set of weights
+    log = (run / "family/training.jsonl").read_text().splitlines()
+    turns = [json.loads(line)["sizes"] for line in log]
+    assert {name for turn in turns for name in turn} <= {"large", "small"}
+    steps = report.training["family"][-1].step
+    alone = report.training["small/dedicated"][-1].step
+    assert abs(steps - 1.5 * alone) <= 1  # its two epochs, and the large one's one
+    assert next(s for s in report.students if s.name == "small").baselines.dedicated is not None
+
+
+def test_a_second_run_makes_nothing_again(world, run):
+    with quickly():
+        report = limbeck.distill(world / "recipe.yaml", run)
+    assert all(stage.reused for stage in report.stages)
+
+
+def test_the_frontier_has_the_trained_sizes_and_shapes_between(run):
+    frontier = limbeck.load_report(run).frontier
+    trained = {p.name for p in frontier if p.trained}
+    between = [p for p in frontier if not p.trained]
+    assert trained == {"large", "small"} and between
+    large, small = (next(p for p in frontier if p.name == n) for n in ("large", "small"))
+    for point in between:
+        assert point.shape.sizes["hidden"] in {s.shape.sizes["hidden"] for s in (large, small)}
+        assert small.params < point.params < large.params
+    assert "limbeck scale" in (run / "report.html").read_text()
+
+
+def test_scale_adds_a_student_without_training(world, run, capsys):
+    family = limbeck.load_family(run)
+    budget = sorted(p.params for p in limbeck.load_report(run).frontier)[-2]
+    arguments = ["scale", str(run), "--name", "middle", "--params", str(budget)]
+    with quickly():
+        assert main(arguments) == 0
+    report = limbeck.load_report(run)
+    middle = next(s for s in report.students if s.name == "middle")
+    assert not middle.trained and middle.params <= budget and middle.budget.met
+    assert middle.fidelity is not None and middle.main.quality is not None
+    anew = {stage.name for stage in report.stages if not stage.reused}
+    assert {name for name in anew if not name.startswith("students/middle/")} == set()
+    assert not {name for name in report.training if name.startswith("middle")}
+    torch.testing.assert_close(logits(family.cut(params=budget)), student(run, "middle"))
+    assert [p.name for p in report.frontier].count("middle") <= 1
+    with quickly():
+        assert main(arguments) == 2
+    assert "two models are called 'middle'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_cut_is_refused(world, run, tmp_path):
+    with pytest.raises(RecipeError, match="or more"), quickly():
+        limbeck.scale(run, name="tiny", budget={"params": 10})
+    assert "tiny" not in {s.name for s in limbeck.load_report(run).students}
+    with pytest.raises(RecipeError, match="empty budget"), quickly():
+        limbeck.scale(run, name="tiny", budget={})
+    with pytest.raises(RunFolderError, match="no elastic run"):
+        limbeck.load_family(tmp_path)
+    family = limbeck.load_family(run)
+    large = family.sizes["large"]
+    with pytest.raises(limbeck.LimbeckError, match="never trained"):
+        family.family.cut(type(large)(large.sizes, (0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"distill": {"run": "dedicated"}}, "no elastic run to cut it from"),
+        ({"students": {"trained": False}}, "no student is trained"),
+        ({"distill": {"hidden": {"loss": "mse"}}}, "runs of their own"),
+        ({"distill": {"temperature": "auto"}}, "runs of their own"),
+        ({"more": {"epochs": 2}}, "no effect on cut"),
+        ({"evidence": {"dedicated": ["cut"]}}, "names 'cut'"),
+    ],
+)
+def test_settings_that_contradict_each_other(world, change, said):
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    for student in recipe["students"]:
+        student |= change.get("students", {})
+    recipe["distill"] |= change.get("distill", {})
+    recipe["evidence"] = change.get("evidence", {})
+    cut = {"name": "cut", "budget": {"params": 9000}, "trained": False, **change.get("more", {})}
+    recipe["students"].append(cut)
+    with pytest.raises(RecipeError, match=said):
+        validate(recipe)
