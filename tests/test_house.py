@@ -28,6 +28,8 @@ LAYERS = (
         "runtime", "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
+    {"lazily"},
+    {"members"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
     {"__init__", "cli"},

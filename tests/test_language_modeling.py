@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 
 import tiny_language
 from limbeck.causal import load_causal
-from limbeck.errors import DataError
+from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.progress import Silent
+from limbeck.signals.capture import capture
+from limbeck.signals.dense import Dense
+from limbeck.signals.store import open_store
+from limbeck.tasks.causal_rows import Rows, sees_other_documents
 from limbeck.tasks.conversations import Encoder
-from limbeck.tasks.language_modeling import (
-    CausalData,
-    LanguageModeling,
-    Rows,
-    prepare,
-    sees_other_documents,
-)
+from limbeck.tasks.language_modeling import CausalData, LanguageModeling, prepare, shown
 from limbeck.tasks.packing import Piece, packed, windows
 from limbeck.tasks.records import Columns, read_records
-from limbeck.tasks.text_classification import SPLITS
+from limbeck.tasks.task import SPLITS
+from limbeck.teachers.live import LiveTeacher
+from limbeck.teachers.stored import StoredTeacher
+from limbeck.types import Need
 
 TOKENIZER = tiny_language.tokenizer()
 END = TOKENIZER.eos_token_id
@@ -52,7 +54,7 @@ def prepared(llama, tmp_path):
             **{"max_tokens": 32, **settings},
         )  # fmt: skip
         prepare(data, files["train"], files.get("test"), llama, tmp_path / "data")
-        return LanguageModeling(tmp_path / "data")
+        return LanguageModeling(data.max_tokens, tmp_path / "data")
 
     return make
 
@@ -77,7 +79,7 @@ def learnt(rows: Rows) -> dict[int, list[list[int]]]:
 
 
 @pytest.mark.parametrize("layout", ["pack", "pad"])
-@pytest.mark.parametrize("max_tokens", [8, 32, 300])
+@pytest.mark.parametrize("max_tokens", [8, 32, 128])
 def test_each_token_of_a_text_and_its_end_are_predicted_once(prepared, layout, max_tokens):
     rows = texts()
     task = prepared(rows, "text", layout=layout, max_tokens=max_tokens)
@@ -170,6 +172,10 @@ CHAT = [
 def test_of_a_conversation_only_the_assistants_words_and_their_ends_count(prepared):
     task = prepared([{"messages": CHAT}] * 20, "messages", max_tokens=128)
     rows = task.rows("train")
+    assert shown(rows, 0, TOKENIZER).startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nsee 12?<|im_end|>\n"
+        "<|im_start|>assistant\n[[the sea<|im_end|>]]\n<|im_start|>user"
+    )
     for found in learnt(rows).values():
         said = TOKENIZER.decode([label for _, label in found])
         assert said == "the sea<|im_end|>an ocean<|im_end|>"
@@ -285,6 +291,40 @@ def test_a_tokenizer_without_an_end_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="names no end token"):
         Encoder(tokenizer, "text", where="teacher")
+
+
+def test_it_is_a_task_of_the_pipeline(prepared, llama, tiny, tmp_path):
+    task = prepared(texts(), "text")
+    config = task.read_config(llama, where="x")
+    assert task.labels == () and task.own_labels(llama, where="x") is None
+    assert task.rows("train").lengths.tolist() == [len(t) for t in task.rows("train").tokens]
+    assert [part.below for part in task.inputs(config)] == [config.vocab_size, None]
+    assert type(task.build(config)) is type(task.load(llama, where="x"))
+    model = task.load(llama, where="x")
+    task.save(model, llama, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["use_cache"] is True
+    assert model.config.use_cache is False
+    assert task.preprocessing(tmp_path / "saved") == task.preprocessing(llama)
+    assert task.example().endswith("to be predicted")
+    model.projector = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"projector\.bias"):
+        task.save(model, llama, tmp_path / "again")
+    with pytest.raises(SourceError, match="does not continue text"):
+        task.read_config(tiny / "teacher", where="x")
+    with pytest.raises(RecipeError, match="max_tokens: 129; allowed: up to 128"):
+        LanguageModeling(129).read_config(llama, where="x")
+
+
+def test_what_a_teacher_said_is_read_back_position_by_position(prepared, llama, tmp_path):
+    rows = prepared(texts(), "text", layout="pack").rows("train")
+    teacher = LiveTeacher(load_causal(llama, where="x"), "teacher")
+    capture(teacher, rows, {tmp_path / "s": Dense("fp32")}, made_from={}, progress=Silent())
+    store = open_store(tmp_path / "s")
+    batch = rows.batch([3, 0, 5])
+    live = teacher.signal(batch, frozenset({Need.LOGITS})).logits[batch.mask]
+    stored = StoredTeacher(store=store, fingerprint="teacher", temperature=1.0)
+    found = stored.signal(batch, frozenset({Need.LOGITS})).targets.logits
+    assert torch.allclose(found, live, atol=1e-4) and len(found) == batch.mask.sum()
 
 
 def test_parquet_text_files_and_folders_hold_the_same(tmp_path):

@@ -17,7 +17,7 @@ from limbeck.measure_language import (
     score_documents,
     token_scores,
 )
-from limbeck.tasks.language_modeling import Rows
+from limbeck.tasks.causal_rows import Rows
 
 TOKENIZER = tiny_language.tokenizer()
 TEXTS = ["the old man and the sea", "12 34", "theology is the theory of gods", "andante"]

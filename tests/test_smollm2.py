@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny_language
 import torch
 from transformers import AutoModelForCausalLM
 
+import tiny_language
 from limbeck.causal import load_causal, unpack_gguf
 from limbeck.export.gguf import write_gguf
 from limbeck.models import load_tokenizer

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto import modeling_auto
 
 from limbeck.errors import SourceError
@@ -43,7 +51,14 @@ def unpack_gguf(
 
 
 def save_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """As `load_causal` and `load_tokenizer` read it, and anybody else."""
+    """As `load_causal` and `load_tokenizer` read it, and anybody else.
+
+    Raises ValueError for a model that carries what its class does not know, such as a projector.
+    """
+    with torch.device("meta"):
+        known = type(model)(model.config).state_dict().keys()
+    if strange := model.state_dict().keys() ^ known:
+        raise ValueError(f"not what {type(model).__name__} consists of: {sorted(strange)}")
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     used_cache, config.use_cache = config.use_cache, True  # as users of the folder expect
@@ -59,6 +74,30 @@ def save_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         weights.chmod(weights.stat().st_mode | (folder / "config.json").stat().st_mode)  # was 0600
 
 
+def read_causal_config(folder: Path, *, where: str) -> PretrainedConfig:
+    """The folder's config. Raises SourceError unless it is that of a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each architecture has its own
+        raise SourceError(
+            where, f"{folder}/config.json does not load: {str(error).splitlines()[0][:200]}",
+            allowed="a model's folder", fix="fetch or save the model again",
+        ) from error  # fmt: skip
+    names = config.architectures or ["model of no class"]
+    if not {*names} & _DECODERS:
+        raise SourceError(
+            where, f"{folder} holds a {names[0]}, which does not continue text",
+            allowed="a causal language model, such as a Llama", fix="choose another model",
+        )  # fmt: skip
+    config.use_cache = False
+    return config
+
+
+def build_causal(config: PretrainedConfig) -> nn.Module:
+    """The same architecture with fresh weights."""
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_causal(folder: Path, *, where: str) -> PreTrainedModel:
     """The folder's language model in fp32 and eval mode, which keeps no keys and values.
 
@@ -66,11 +105,7 @@ def load_causal(folder: Path, *, where: str) -> PreTrainedModel:
     documents see each other. `generation_config` still says what a user of the model wants.)
     Raises SourceError for a model of another kind, as `load_model` does for one that does not load.
     """
+    read_causal_config(folder, where=where)
     model = load_model(folder, where=where)
-    if type(model).__name__ not in _DECODERS:
-        raise SourceError(
-            where, f"{folder} holds a {type(model).__name__}, which does not continue text",
-            allowed="a causal language model, such as a Llama", fix="choose another model",
-        )  # fmt: skip
     model.config.use_cache = False
     return model

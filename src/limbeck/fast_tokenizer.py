@@ -7,10 +7,13 @@ reload. The generic class keeps what the file says.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from limbeck.run import json_sha256
 
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
 
@@ -33,3 +36,16 @@ def rebuilt(like: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedToke
     )  # fmt: skip
     tokenizer.chat_template = getattr(like, "chat_template", None)
     return tokenizer
+
+
+def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    """Of its tokens with their ids, of the rules by which it cuts text, of its chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for changing in ("truncation", "padding", "model", "added_tokens"):
+        rules.pop(changing, None)
+    template: Any = tokenizer.chat_template
+    return {
+        "tokenizer": json_sha256(tokenizer.get_vocab()),
+        "rules": json_sha256(rules),
+        "chat_template": json_sha256(template) if template else None,
+    }

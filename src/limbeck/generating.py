@@ -48,7 +48,7 @@ class Completions:
     def batch(self, positions: Sequence[int], *, pad_id: int, numbers: Sequence[int]) -> Batch:
         """Prompt and completion, padded on the right; the completion alone counts. (B, T).
 
-        As `tasks.language_modeling.Rows.batch`; `numbers` are the prompts' ids.
+        As `tasks.causal_rows.Rows.batch`; `numbers` are the prompts' ids.
         """
         whole = [np.concatenate([self.prompts[i], self.tokens[i]]) for i in positions]
         shape = (len(whole), max(map(len, whole)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import MissingExtraError
 from limbeck.losses.divergence import cross_entropy, forward_kl
-from limbeck.tasks.language_modeling import Rows
+from limbeck.tasks.causal_rows import Rows
 from limbeck.types import Interval
 
 _RESAMPLES = 2000

@@ -1,14 +1,10 @@
-"""Causal language modelling: documents are split, tokenised, laid into rows, and served as batches.
-
-Everything lines up with the logits: `labels[b, t]` is the token that follows position t, and
-`mask[b, t]` says whether it counts. The last token of a document predicts nothing.
-"""
+"""Causal language modelling: documents are split, tokenised, laid into rows, and served."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +13,21 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck.errors import DataError, SourceError
+from limbeck.causal import build_causal, load_causal, read_causal_config, save_causal
+from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.fast_tokenizer import tokenizer_fingerprints
 from limbeck.models import load_tokenizer
 from limbeck.run import replaced, write_json
+from limbeck.tasks.causal_rows import Rows
 from limbeck.tasks.conversations import Encoder
 from limbeck.tasks.packing import Piece, packed, windows
 from limbeck.tasks.records import Columns, Records, read_records
-from limbeck.tasks.tables import Table
-from limbeck.tasks.text_classification import SPLITS, _sample, _split
-from limbeck.types import Batch
+from limbeck.tasks.splits import hold_out, limited
+from limbeck.tasks.task import SPLITS
+from limbeck.types import Input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,97 +49,25 @@ class CausalData:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One split. A row's id is its number in the split, stable across epochs."""
-
-    ids: np.ndarray  # (N,) int64
-    tokens: tuple[np.ndarray, ...]  # N arrays (T,) int32
-    counted: tuple[np.ndarray, ...]  # N arrays (T,) bool: whether the token is to be predicted
-    starts: tuple[np.ndarray, ...]  # N arrays: where each document of the row begins; the first 0
-    documents: tuple[np.ndarray, ...]  # N arrays: their numbers in the file they came from
-    pad_id: int
-    layout: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def batch(self, positions: Sequence[int]) -> Batch:
-        """Padded on the right to the longest; (B, T).
-
-        Packed rows have `position_ids` that begin anew with each document and no
-        `attention_mask`: transformers (masking_utils) then keeps documents apart, unless the model
-        makes a cache. `sees_other_documents` finds out.
-        """
-        longest = max(len(self.tokens[i]) for i in positions)
-        shape = (len(positions), longest)
-        ids = torch.full(shape, self.pad_id, dtype=torch.long)
-        labels = torch.full(shape, self.pad_id, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        held = torch.zeros(shape, dtype=torch.long)
-        places = torch.zeros(shape, dtype=torch.long)
-        for row, i in enumerate(positions):
-            length = len(self.tokens[i])
-            tokens = torch.from_numpy(self.tokens[i].astype(np.int64))
-            ids[row, :length] = tokens
-            labels[row, : length - 1] = tokens[1:]
-            follows = self.counted[i].copy()
-            follows[self.starts[i]] = False  # what begins a document follows from nothing
-            mask[row, : length - 1] = torch.from_numpy(follows[1:])
-            held[row, :length] = 1
-            for start, end in itertools.pairwise([*self.starts[i].tolist(), length, longest]):
-                places[row, start:end] = torch.arange(end - start)
-        inputs = {"input_ids": ids}
-        inputs |= {"position_ids": places} if self.layout == "pack" else {"attention_mask": held}
-        at = np.asarray(positions)
-        return Batch(
-            inputs=inputs, labels=labels, mask=mask, example_ids=torch.from_numpy(self.ids[at])
-        )
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))))
-
-    def sample(self, n: int | None, *, seed: int) -> Rows:
-        """n rows drawn at random, in order; all of them where n is None or too large."""
-        if n is None or n >= len(self):
-            return self
-        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
-        return replace(
-            self, ids=self.ids[at], tokens=tuple(self.tokens[i] for i in at),
-            counted=tuple(self.counted[i] for i in at), starts=tuple(self.starts[i] for i in at),
-            documents=tuple(self.documents[i] for i in at),
-        )  # fmt: skip
-
-    def documents_at(self, positions: Sequence[int]) -> Tensor:
-        """(B, T) int64: the number of the document that holds each token of the batch; -1: none."""
-        longest = max(len(self.tokens[i]) for i in positions)
-        found = torch.full((len(positions), longest), -1, dtype=torch.long)
-        for row, i in enumerate(positions):
-            ends = [*self.starts[i].tolist(), len(self.tokens[i])]
-            for number, (start, end) in zip(
-                self.documents[i].tolist(), itertools.pairwise(ends), strict=True
-            ):
-                found[row, start:end] = number
-        return found
-
-    @property
-    def num_counted(self) -> int:
-        """Positions that count, of all rows."""
-        return sum(int(batch.mask.sum()) for batch in self.batches(64))
-
-
-@dataclass(frozen=True)
 class LanguageModeling:
-    """Prepared data in a folder: one Parquet file per split and `data.json`."""
+    """Continuing text: a `Task`, once `prepare` has filled its folder with rows too.
 
-    folder: Path
+    It has no labels: what a model is to predict are the tokens themselves.
+    """
+
+    max_tokens: int
+    folder: Path | None = None
+
+    labels: tuple[str, ...] = ()
 
     @cached_property
     def about(self) -> dict[str, Any]:
+        """What `data.json` says."""
+        assert self.folder is not None, "nothing was prepared"
         return json.loads((self.folder / "data.json").read_text(encoding="utf-8"))
 
     def rows(self, split: str) -> Rows:
+        assert self.folder is not None, "nothing was prepared"
         table = pq.read_table(self.folder / f"{split}.parquet")
         columns = {}
         for name in ("tokens", "counted", "starts", "documents"):
@@ -153,6 +80,66 @@ class LanguageModeling:
             layout=self.about["layout"],
         )  # fmt: skip
 
+    def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
+        """Raises SourceError, and RecipeError for rows that are longer than the model's context."""
+        config = read_causal_config(folder, where=where)
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and self.max_tokens > context:
+            raise RecipeError(
+                "recipe.task.max_tokens", f"{self.max_tokens}", fix=f"set it to {context} or less",
+                allowed=f"up to {context}, the teacher's context",
+            )  # fmt: skip
+        return config
+
+    def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:  # noqa: ARG002
+        return None
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        return build_causal(config)
+
+    def load(self, folder: Path, *, where: str) -> PreTrainedModel:
+        return load_causal(folder, where=where)
+
+    def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:
+        save_causal(model, load_tokenizer(origin, where=str(origin)), folder)
+
+    def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
+        vocab_size: int = config.vocab_size
+        mask = Input(
+            name="attention_mask", dims=(self.max_tokens,), free=("tokens",), dtype="int64"
+        )
+        return replace(mask, name="input_ids", below=vocab_size), mask
+
+    def preprocessing(self, model: Path) -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(model, where=str(model))
+        found = tokenizer_fingerprints(tokenizer)
+        rules = {"max_tokens": self.max_tokens, "rules": found["rules"]}
+        return {
+            "tokenizer": found["tokenizer"], "chat_template": found["chat_template"],
+            "preprocessing": rules | {"layout": self.about["layout"]},
+        }  # fmt: skip
+
+    def example(self) -> str:
+        """Of the first training row; for its text ask the tokenizer."""
+        rows = self.rows("train")
+        batch = rows.batch([0])
+        return (
+            f"{len(rows.tokens[0])} tokens of {len(rows.starts[0])} documents, "
+            f"{int(batch.mask.sum())} of them to be predicted"
+        )
+
+
+def shown(rows: Rows, position: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row's text with what is to be predicted in [[double brackets]]: a person sees what is
+    being learnt."""
+    parts = []
+    counted = rows.counted[position].copy()
+    counted[rows.starts[position]] = False
+    for wanted, group in itertools.groupby(range(len(counted)), key=lambda t: bool(counted[t])):
+        text: Any = tokenizer.decode([int(rows.tokens[position][t]) for t in group])
+        parts.append(f"[[{text}]]" if wanted else text)
+    return "".join(parts)
+
 
 def prepare(
     data: CausalData, train: Path, test: Path | None, model: Path, folder: Path
@@ -164,36 +151,39 @@ def prepare(
     that holds no tokenizer of the fast kind.
     """
     where = "recipe.teacher.model"
+    config = LanguageModeling(data.max_tokens).read_config(model, where=where)
     encoder = Encoder(load_tokenizer(model, where=where), data.columns.kind, where=where)
     records = read_records(train, data.columns, where="recipe.data.train")
     train_at = np.arange(len(records))
     if test is None:
         assert data.test_fraction is not None, "neither a test file nor a share to hold out"
-        test_at, train_at = _held_out(records, train_at, data.test_fraction, data.seed, "test")
+        test_at, train_at = hold_out(
+            records.groups, train_at, data.test_fraction, data.seed, "test"
+        )
         test_records = records
     else:
         test_records = read_records(test, data.columns, where="recipe.data.test")
         test_at = np.arange(len(test_records))
-    validation_at, train_at = _held_out(
-        records, train_at, data.validation_fraction, data.seed, "validation"
+    validation_at, train_at = hold_out(
+        records.groups, train_at, data.validation_fraction, data.seed, "validation"
     )
-    train_at = _sample(train_at, data.max_train_documents, data.seed)
-    test_at = _sample(test_at, data.max_test_documents, data.seed)
+    train_at = limited(train_at, data.max_train_documents, data.seed)
+    test_at = limited(test_at, data.max_test_documents, data.seed)
     chosen = {
         "train": (records, train_at, "recipe.data.train"),
         "validation": (records, validation_at, "recipe.data.train"),
         "test": (test_records, test_at, "recipe.data.train" if test is None else
                  "recipe.data.test"),
     }  # fmt: skip
-    size = json.loads((model / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     laid, cut = {}, {}
     for split in SPLITS:
         source, at, place = chosen[split]
         pieces, cut[split] = _pieces(data, encoder, source, at, place)
         highest = max(int(piece.tokens.max()) for piece in pieces)
-        if isinstance(size, int) and highest >= size:
+        if highest >= config.vocab_size:
             raise SourceError(
-                where, f"its tokenizer gives token {highest}, its model has {size} embeddings",
+                where, f"its tokenizer gives token {highest}, its model has {config.vocab_size} "
+                "embeddings",
                 allowed="model and tokenizer that were made for each other",
                 fix="save the right tokenizer into the model's folder",
             )  # fmt: skip
@@ -202,12 +192,6 @@ def prepare(
         with replaced(folder / f"{split}.parquet") as aside:
             pq.write_table(_table(rows), aside)
     write_json(folder / "data.json", _about(data, encoder, laid, chosen, cut))
-
-
-def _held_out(
-    records: Records, at: np.ndarray, fraction: float, seed: int, purpose: str
-) -> tuple[np.ndarray, np.ndarray]:
-    return _split(Table([], [], records.groups), at, fraction, seed, purpose)
 
 
 def _pieces(
@@ -289,22 +273,3 @@ def _about(
         "completions_cut": dict(cut),
         "documents_in_train_and_test": len(texts["train"] & texts["test"]),
     }
-
-
-@torch.no_grad()
-def sees_other_documents(model: nn.Module, rows: Rows) -> bool:
-    """Whether another first document in a packed row changes what the model says of the second.
-
-    False for rows that hold no second document. The model is asked twice.
-    """
-    at = next((i for i, starts in enumerate(rows.starts) if len(starts) > 1), None)
-    if at is None:
-        return False
-    inputs = dict(rows.batch([at]).inputs)
-    first, second = int(rows.starts[at][1]), slice(int(rows.starts[at][1]), len(rows.tokens[at]))
-    before = model(**inputs).logits[0, second]
-    other = inputs["input_ids"].clone()
-    other[0, :first] = other[0, :first].roll(1) if first > 1 else other[0, second][:1]
-    other[0, 0] = other[0, second][0]
-    after = model(**{**inputs, "input_ids": other}).logits[0, second]
-    return bool((before - after).abs().max() > 1e-4 * before.abs().max())
