@@ -1,23 +1,34 @@
 """A GGUF file says what its folder says: tokens, weights, template; what is damaged is refused."""
 
+import json
 import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+import llama_cpp_runner
 import tiny_language
-from limbeck.causal import causal_folder, load_causal, unpack_gguf
+from limbeck.causal import (
+    build_causal,
+    causal_folder,
+    load_causal,
+    save_causal,
+    unpack_gguf,
+)
 from limbeck.errors import SourceError
 from limbeck.export.gguf import splitting_name, write_gguf
+from limbeck.generating import Sampling, generate
 from limbeck.gguf_source import read_header
 from limbeck.models import load_tokenizer
+from limbeck.trimming import choose_tokens, count_tokens, trim_model, trim_tokenizer
 from tiny_language import log_probs
 
 gguf = pytest.importorskip("gguf")
-TEXT = "the sea in 1952, déjà vu: 日本 12345\n\tandante  <|im_end|>"
+TEXT = "the sea in 1952, déjà vu: 日本 12345\n 6\n\tandante  <|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +48,7 @@ def test_there_and_back_is_the_same_model(llama, file, tmp_path):
     header = unpack_gguf(file, tmp_path / "back", where="x")
     assert (header.architecture, header.kinds) == ("llama", {"F32": 20})
     before, after = (load_causal(folder, where="x") for folder in (llama, tmp_path / "back"))
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
     assert after.config.tie_word_embeddings and after.config.rms_norm_eps == pytest.approx(1e-5)
     state = after.state_dict()
     for name, tensor in before.state_dict().items():
@@ -104,6 +116,43 @@ def test_rows_of_padding_are_no_tokens(tmp_path):
     assert len(found["tokenizer.ggml.tokens"]) == 416
     assert found["tokenizer.ggml.token_type"][-17:] == [1] + [5] * 16
     assert found["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]
+
+
+# In 8 and 4 bits llama.cpp rounds what goes into a product to 8 bits as well.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "error"), [("f32", 1e-4), ("f16", 0.02), ("q8_0", 0.2), ("q4_0", 0.3)]
+)
+def test_llama_cpp_reads_the_same_tokens_and_says_the_same(llama, tmp_path, kind, error):
+    write_gguf(llama, tmp_path / "m.gguf", kind, name="tiny", where="x")
+    unpack_gguf(tmp_path / "m.gguf", tmp_path / "back", where="x")
+    tokenizer, model = load_tokenizer(llama, where="x"), load_causal(tmp_path / "back", where="x")
+    ids = tokenizer(TEXT)["input_ids"]
+    with llama_cpp_runner.opened(tmp_path / "m.gguf") as other:
+        assert llama_cpp_runner.tokens(other, TEXT) == ids
+        theirs = llama_cpp_runner.log_probs(other, ids)
+        assert np.abs(theirs - log_probs(model, ids).numpy()).mean() < error
+        asked = tokenizer("the old man")["input_ids"]
+        greedy = Sampling(max_new_tokens=8, sampling_temperature=0)
+        (said,) = generate(model, [asked], greedy, ends=()).tokens
+        if kind in ("f32", "f16"):
+            assert llama_cpp_runner.greedy(other, asked, 8) == said.tolist()
+        assert other.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_a_trimmed_vocabulary_as_it_is(llama, tmp_path):
+    tokenizer, model = load_tokenizer(llama, where="x"), load_causal(llama, where="x")
+    ids = tokenizer("the old man and the sea")["input_ids"]
+    trim = choose_tokens(tokenizer, count_tokens([ids], len(tokenizer)), where="x")
+    small, few = trim_model(model, trim, build_causal), trim_tokenizer(tokenizer, trim, where="x")
+    save_causal(small, few, tmp_path / "m")
+    write_gguf(tmp_path / "m", tmp_path / "m.gguf", "f32", name="tiny", where="x")
+    ids = few(TEXT)["input_ids"]
+    with llama_cpp_runner.opened(tmp_path / "m.gguf") as other:
+        assert llama_cpp_runner.tokens(other, TEXT) == ids
+        theirs = llama_cpp_runner.log_probs(other, ids)
+    assert np.abs(theirs - log_probs(small, ids).numpy()).max() < 1e-3
 
 
 @pytest.mark.parametrize("share", [0, 3, 20, 100, 5000, -40000, -1])

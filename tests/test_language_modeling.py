@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import tiny_language
 from limbeck.causal import load_causal
 from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.observe import tokens
 from limbeck.progress import Silent
 from limbeck.signals.capture import capture
 from limbeck.signals.dense import Dense
@@ -313,6 +314,14 @@ def test_it_is_a_task_of_the_pipeline(prepared, llama, tiny, tmp_path):
         task.read_config(tiny / "teacher", where="x")
     with pytest.raises(RecipeError, match="max_tokens: 129; allowed: up to 128"):
         LanguageModeling(129).read_config(llama, where="x")
+
+
+def test_features_of_packed_rows_are_of_the_positions_that_count(prepared):
+    rows = prepared(texts(), "text", layout="pack").rows("train")
+    batch = rows.batch([0, 1])
+    assert torch.equal(tokens(batch), batch.mask)
+    padded = prepared(texts(), "text", layout="pad").rows("train").batch([0, 1])
+    assert torch.equal(tokens(padded), padded.inputs["attention_mask"].bool())
 
 
 def test_what_a_teacher_said_is_read_back_position_by_position(prepared, llama, tmp_path):

@@ -1,6 +1,5 @@
 """A trimmed vocabulary writes every string, and what it knows as before; logits are the same."""
 
-import copy
 import json
 from functools import cache
 
@@ -30,14 +29,25 @@ def build(config):
 
 @cache
 def kinds() -> dict[str, PreTrainedTokenizerFast]:
-    """As SmolLM2, as Llama 3 (whole words first, a beginning of its own), as Llama 2 (characters,
-    with bytes to fall back on)."""
+    """As SmolLM2, as Llama 3 (whole words first, special tokens last, one of them at the
+    beginning), as Llama 2 (characters, with bytes to fall back on)."""
     smol = tiny_language.tokenizer()
-    whole = copy.deepcopy(smol)
-    whole.backend_tokenizer.model.ignore_merges = True
-    whole.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        tiny_language.CORPUS,
+        trainers.BpeTrainer(vocab_size=390, initial_alphabet=alphabet, show_progress=False),
     )
+    backend.add_special_tokens(["<|begin|>", "<|end|>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", backend.token_to_id("<|begin|>"))]
+    )
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     backend.decoder = decoders.Sequence(
@@ -91,6 +101,7 @@ def test_a_text_whose_tokens_are_kept_has_the_same_tokens(kind, text):
     for trim, small in domains(kind):
         old = kinds()[kind](text)["input_ids"]
         if {*old} <= {*trim.kept}:
+            assert kind != "whole" or old[0] == 390
             assert [trim.kept[i] for i in small(text)["input_ids"]] == old
 
 

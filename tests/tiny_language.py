@@ -11,6 +11,7 @@ CORPUS = [
     "the old man and the sea 1952", "a mansion and theology, andante cantabile",
     "so-called see saws are seen at sea", "\tdéjà vu: naïve café owners owe 12345 euros",
     "theology is the theory of the gods; anthology is another thing", "12 34 56 seas and oceans",
+    "a\n 1\n 2 and\n 3",
     "the package provides libraries and headers for the development of programs",
 ]  # fmt: skip
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

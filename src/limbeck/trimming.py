@@ -93,7 +93,12 @@ def trim_tokenizer(
     for token in state["added_tokens"]:
         token["id"] = new[token["id"]]
     _renumber(state.get("post_processor"), new)
-    return rebuilt(tokenizer, Tokenizer.from_str(json.dumps(state)))
+    backend = Tokenizer.from_str(json.dumps(state))
+    found = backend.get_vocab(with_added_tokens=True)
+    # the library numbers added tokens that the model does not know by itself, behind all others
+    if any(found[token] != new[i] for token, i in tokenizer.get_vocab().items() if i in new):
+        raise _refused("has added tokens between its others", where)
+    return rebuilt(tokenizer, backend)
 
 
 def trim_model(

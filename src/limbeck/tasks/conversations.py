@@ -85,16 +85,13 @@ class Encoder:
         """Answers are found by rendering the conversation up to them, and then with them: the
         template need not mark them. What follows must not change what is before."""
         done = ""
-        whole = self._render(messages, at)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             asked = self._render(messages[:number], at, ask=True)
             answered = self._render(messages[: number + 1], at)
-            if not (
-                asked.startswith(done) and answered.startswith(asked)
-                and whole.startswith(answered) and len(answered) > len(asked)
-            ):  # fmt: skip
+            grows = asked.startswith(done) and answered.startswith(asked)
+            if not grows or len(answered) == len(asked):
                 raise DataError(
                     at, f"the chat template writes message {number + 1} otherwise once it is known "
                     "or once more follows", allowed="a template that only ever adds to its text",
@@ -103,8 +100,6 @@ class Encoder:
             yield asked[len(done) :], False
             yield answered[len(asked) :], True
             done = answered
-        if rest := whole[len(done) :]:
-            yield rest, False
 
     def _render(
         self, messages: Sequence[dict[str, str]], at: str, *, ask: bool = False
