@@ -1,9 +1,12 @@
 """Greedy writing is transformers'; drawn writing has the model's frequencies, by the seed."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny_language
 from limbeck.errors import DataError
@@ -33,6 +36,23 @@ def test_greedy_is_transformers_own_whatever_the_batch(model):
         assert not found.ended.any()
 
 
+def test_positions_count_from_the_prompts_own_beginning():
+    """GPT-2 has a table of them: here padding on the left would show."""
+    torch.manual_seed(0)
+    small = GPT2Config(
+        vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=2, n_positions=64,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(small).eval()
+    model.transformer.wpe.weight.data.normal_()
+    sampling = Sampling(max_new_tokens=8, sampling_temperature=0)
+    one, all_of_them = (
+        generate(model, PROMPTS, sampling, ends=(), batch_size=size) for size in (1, 3)
+    )
+    for alone, together in zip(one.log_probs, all_of_them.log_probs, strict=True):
+        assert np.allclose(alone, together, atol=1e-4)
+
+
 def test_it_stops_behind_an_end_and_goes_on_with_the_others(model):
     sampling = Sampling(max_new_tokens=20, sampling_temperature=0)
     free = generate(model, PROMPTS, sampling, ends=())
@@ -43,6 +63,9 @@ def test_it_stops_behind_an_end_and_goes_on_with_the_others(model):
         length = place[0] + 1 if len(place) else 20
         assert said.tolist() == without[:length].tolist() and ended == bool(len(place))
     assert found.ended[0] and len({len(said) for said in found.tokens}) > 1
+    with patch.object(model, "forward", wraps=model.forward) as calls:
+        generate(model, PROMPTS[:1], sampling, ends=[end])
+    assert calls.call_count == 6, "nothing is written behind the end"
 
 
 def test_draws_follow_seed_and_number_and_not_the_batch(model):
@@ -53,6 +76,8 @@ def test_draws_follow_seed_and_number_and_not_the_batch(model):
     first = said()
     assert said() == first == said(batch_size=1)
     assert all(a != b for a, b in zip(said(seed=1), first, strict=True))
+    twice = generate(model, [PROMPTS[0]] * 2, Sampling(max_new_tokens=12), ends=()).tokens
+    assert twice[0].tolist() == first[0] != twice[1].tolist()
     turned = generate(
         model, PROMPTS[::-1], Sampling(max_new_tokens=12), ends=(), numbers=[2, 1, 0]
     )
