@@ -216,8 +216,11 @@ def test_groups_stay_together_and_splits_follow_from_the_seed(prepared):
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     assert documents(group="who") == first
     assert documents(group="who", seed=1) != first
-    few = documents(group="who", max_train_documents=5, max_test_documents=3)
-    assert (len(few[0]), few[1], len(few[2])) == (5, first[1], 3)
+    few = documents(
+        group="who", max_train_documents=5, max_validation_documents=2, max_test_documents=3
+    )
+    assert [len(part) for part in few] == [5, 2, 3]
+    assert all(part < whole for part, whole in zip(few, first, strict=True))
 
 
 def test_a_test_file_of_its_own_and_what_it_repeats(prepared):

@@ -44,6 +44,7 @@ class CausalData:
     validation_fraction: float = 0.1
     test_fraction: float | None = None
     max_train_documents: int | None = None
+    max_validation_documents: int | None = None
     max_test_documents: int | None = None
     seed: int = 0
 
@@ -168,6 +169,7 @@ def prepare(
         records.groups, train_at, data.validation_fraction, data.seed, "validation"
     )
     train_at = limited(train_at, data.max_train_documents, data.seed)
+    validation_at = limited(validation_at, data.max_validation_documents, data.seed)
     test_at = limited(test_at, data.max_test_documents, data.seed)
     chosen = {
         "train": (records, train_at, "recipe.data.train"),
