@@ -201,7 +201,8 @@ def test_page_is_whole_and_reaches_for_nothing(report) -> None:
 
 def test_page_has_a_title_labels_and_a_table_for_every_chart() -> None:
     figures = re.findall(r"<figure>.*?</figure>", page(CASES["usual"]), re.S)
-    assert len(figures) == 2 + 1 + 5 + 4 + 1  # scatters, frontier, trained models, importances, stages
+    # scatters, frontier, trained models, importances, stages
+    assert len(figures) == 2 + 1 + 5 + 4 + 1
     for figure in figures:
         assert "<figcaption>" in figure and 'class="axis"' in figure
         assert "<title>" in figure and "<details>" in figure and "<table>" in figure
