@@ -149,13 +149,18 @@ FAMILIES = {
         "hidden_sizes[0] hidden_sizes[1] embedding_size depths[0] depths[1]"),
     "ConvNeXt": Family("ConvNextForImageClassification",
                        hf.ConvNextConfig(hidden_sizes=[16, 24], depths=[2, 2], num_stages=2,
-                                         num_labels=5, layer_scale_init_value=0.1),
+                                         image_size=32, num_labels=5,
+                                         layer_scale_init_value=0.1),
                        "hidden_sizes[0] hidden_sizes[1] depths[0] depths[1]"),
+    "MobileNetV2": Family(
+        "MobileNetV2ForImageClassification",
+        hf.MobileNetV2Config(image_size=32, depth_multiplier=0.5, depth_divisible_by=2,
+                             min_depth=2, expand_ratio=2.0, num_labels=5), ""),
     "EfficientNet": Family(
         "EfficientNetForImageClassification",
         hf.EfficientNetConfig(
             width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, image_size=32,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2],
+            in_channels=[32, 16], out_channels=[16, 32], kernel_sizes=[3, 3], strides=[1, 2],
             num_block_repeats=[2, 2], expand_ratios=[2, 3], depthwise_padding=[], num_labels=5),
         "expand_ratios[1]"),
     "Wav2Vec2": Family(

@@ -23,7 +23,7 @@ from limbeck.architecture.axes import (
     permuted,
     stacks,
 )
-from limbeck.architecture.fields import Build, Value, changed, read_field
+from limbeck.architecture.fields import Build, Value, changed, ratio_of, read_field
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 
@@ -188,7 +188,7 @@ def student_config(
 def _value(config: PretrainedConfig, field: str, value: float) -> Value:
     """As the config's own type: a count must be whole."""
     if type(read_field(config, field)) is float:
-        return value
+        return ratio_of(value)
     if abs(value - round(value)) > 1e-6:
         raise AxisError(field, f"{value:.3f} is no whole number")
     return round(value)

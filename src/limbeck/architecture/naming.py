@@ -87,7 +87,7 @@ def _units_in_full(part: Part, small: Mapping[str, Value], move: Move) -> tuple[
             return int(move.values[field]), True
     main, value = fields.main[0], move.values[fields.main[0]]
     if type(value) is float:
-        return min(move.sizes[d] for d in part.dims if d in move.sizes), False
+        return math.gcd(*(move.sizes[d] for d in part.dims if d in move.sizes)), False
     ratio = Fraction(part.units, int(small.get(main, value)))
     units = ratio * int(value)
     return (int(units) if units.denominator == 1 else 0), False
