@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.architecture.axes import Axis, Member, find_axis
-from limbeck.architecture.loaded import TOLERANCE, Loaded, Refused, difference
+from limbeck.architecture.loaded import Loaded, Refused, difference
 
 Places = Mapping[tuple[str, int], Tensor]  # (parameter, dimension) -> channels that are kept
 
@@ -45,11 +45,11 @@ def zeroing(axis: Axis, bench: Loaded) -> str:
         reference = bench.under({**zeroed, **constants})
     logits = bench.run(student)
     error, factor = difference(logits, reference), 1.0
-    if not error < TOLERANCE and logits.shape == reference.shape:
+    if not error < bench.limit and logits.shape == reference.shape:
         factor = float((logits * reference).sum() / reference.square().sum().clamp_min(1e-30))
         error = min(error, difference(logits, factor * reference))
     named = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    if not error < TOLERANCE:
+    if not error < bench.limit:
         raise Refused(f"cutting to {named} differs from zeroing the same units by {error:.1e}")
     said = [f"cut to {named} equals zeroed to {error:.0e}"]
     said += [f"but for a factor {factor:.3g} on all outputs"] if factor != 1 else []
@@ -151,7 +151,7 @@ def _norms_of(
             full = called(module, lambda _: some.index_select(dim, wide))
             few = called(small, lambda _: some.index_select(dim, narrow))
             error = difference(full.index_select(dim, channels), few)
-            if not error < TOLERANCE:
+            if not error < bench.limit:
                 raise Refused(f"{path} takes other statistics in the smaller model ({error:.1e})")
             few = called(small, lambda value: value.index_select(dim, channels))
             return torch.zeros_like(output).index_copy(dim, channels, few)
