@@ -182,7 +182,22 @@ def student_config(
     new = changed(config, values)
     for name, items in lists.items():
         setattr(new, name, items)
+    _name_stages(new)
     return new
+
+
+def _name_stages(config: PretrainedConfig) -> None:
+    """A backbone's config names its stages when it is made, some from the number of layers: one
+    that no longer exists would be refused when the student is loaded. Then the last is its output,
+    which is the default."""
+    names = getattr(config, "stage_names", None)
+    if names:
+        made = {"stage_names", "out_features", "out_indices"}
+        kept = {k: v for k, v in config.to_dict().items() if k not in made}
+        now = type(config).from_dict(kept).stage_names
+        if now != names:
+            config.stage_names = now
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def _value(config: PretrainedConfig, field: str, value: float) -> Value:
