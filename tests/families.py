@@ -26,6 +26,11 @@ TEXT = {**SIZES, **TOKENS, "vocab_size": 99, "max_position_embeddings": 40}
 GROUPED = {**TEXT, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 OWN = {**GROUPED, "head_dim": 8}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 5}
+TOWERS = {
+    "text_config": {**TEXT, "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
+    "vision_config": {**SIZES, "intermediate_size": 40, "image_size": 16, "patch_size": 4},
+}
+SIGLIP = {**TOWERS, "text_config": TEXT}
 LM = "ForCausalLM"
 CLS = "ForSequenceClassification"
 BERT = "hidden heads ffn layers vocab"
@@ -180,6 +185,19 @@ FAMILIES = {
                          decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40,
                          vocab_size=99, num_mel_bins=8, max_source_positions=20,
                          max_target_positions=30, decoder_start_token_id=2, **TOKENS), BART),
+    "CLIP": Family("CLIPModel", hf.CLIPConfig(**TOWERS, projection_dim=20), ""),
+    "SigLIP": Family("SiglipModel", hf.SiglipConfig(**SIGLIP), ""),
+    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, num_local_experts=4), ""),
+    "Qwen3-MoE": Family("Qwen3Moe" + LM,
+                        hf.Qwen3MoeConfig(**OWN, num_experts=4, num_experts_per_tok=2,
+                                          moe_intermediate_size=24), ""),
+    "Mamba": Family("Mamba" + LM,
+                    hf.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=8,
+                                   vocab_size=99, **TOKENS), ""),
+    "Mamba2": Family("Mamba2" + LM,
+                     hf.Mamba2Config(hidden_size=32, num_hidden_layers=3, state_size=8,
+                                     num_heads=8, head_dim=8, n_groups=2, chunk_size=4,
+                                     vocab_size=99, **TOKENS), ""),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ first units of each group and a subset of the layers, renumbered.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -176,12 +177,13 @@ def student_config(
         kept = kept_layers(axis, shape)
         if len(kept) < axis.size:
             values |= {f: _value(config, f, len(kept) * n) for f, n in axis.fields.items()}
-            kinds = getattr(config, "layer_types", None)  # transformers' one per-layer list
+            kinds = vars(config).get("layer_types")  # transformers' one per-layer list
             if kinds and len(kinds) == axis.size:
                 lists["layer_types"] = [kinds[at] for at in kept]
-    new = changed(config, values)
+    fewer = copy.copy(config)
     for name, items in lists.items():
-        setattr(new, name, items)
+        setattr(fewer, name, items)
+    new = changed(fewer, values)
     _name_stages(new)
     return new
 

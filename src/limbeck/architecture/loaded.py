@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from limbeck.architecture.axes import Axis, Group, permuted
 from limbeck.architecture.cut import build_student, full_shape
 from limbeck.architecture.fields import Build
-from limbeck.architecture.twins import Doubles, logits_of
+from limbeck.architecture.twins import Doubles, doubled, logits_of
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 
@@ -53,7 +53,7 @@ class Loaded:
     def wide(self) -> Loaded:
         """The same in double precision, for effects that single precision hides in its rounding."""
         inputs = {k: v.double() if v.is_floating_point() else v for k, v in self.inputs.items()}
-        model = copy.deepcopy(self.model).double()
+        model = doubled(copy.deepcopy(self.model))
         return _Wide(model, self.config, self.build, self.axes, inputs, self.random.initial_seed())
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class _Wide(Loaded):
             return super().under(state, inputs)
 
     def student(self, shape: Shape, state: Mapping[str, Tensor]) -> nn.Module:
-        return super().student(shape, state).double()  # its weights are single ones: none is lost
+        return doubled(super().student(shape, state))  # its weights are single ones: none is lost
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:

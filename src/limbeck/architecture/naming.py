@@ -196,7 +196,7 @@ def distinct(axes: Sequence[Axis]) -> tuple[Axis, ...]:
     renamed = {
         id(axis): next(iter(axis.fields))
         for axis in axes
-        if number[axis.name] > 1 and axis.name in _ORDER and not axis.coupled
+        if number[axis.name] > 1 and axis.name in _ORDER
         and "num_hidden_layers" not in axis.fields  # of several stacks the one all configs have
     }
     found = []

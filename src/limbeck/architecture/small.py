@@ -10,7 +10,7 @@ from torch import nn
 
 from limbeck.architecture.fields import Probe, Prober, Value, changed
 from limbeck.architecture.inputs import example_inputs, special_ids
-from limbeck.architecture.twins import Bench, logits_of
+from limbeck.architecture.twins import Bench, doubled, logits_of
 
 _log = logging.getLogger(__name__)
 _BUDGET = 1_500_000  # parameters of the small copy: a float64 backward takes some 20 ms
@@ -63,7 +63,7 @@ class SmallCopy:
     def build(self, values: Mapping[str, Value] | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone
             torch.manual_seed(_SEED)
-            return self.full.build(changed(self.config, values or {})).double().eval()
+            return doubled(self.full.build(changed(self.config, values or {}))).eval()
 
     def regroups(self, probe: Probe) -> bool:
         """Whether a field that changes no shape changes the result: a count of heads does."""
