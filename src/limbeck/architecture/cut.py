@@ -291,8 +291,9 @@ def build_student(
             tensor.fill_(torch.nan)
     try:
         found = student.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # sizes differ
-        raise AxisError("student", f"the cut weights do not fit: {error}") from error
+    except RuntimeError as error:  # sizes differ; its first line only names the class
+        which = str(error).splitlines()[1:2] or [str(error)]
+        raise AxisError("student", f"the cut weights do not fit: {which[0].strip()}") from error
     if found.unexpected_keys:
         raise AxisError("student", f"{found.unexpected_keys[0]} has no place in it")
     for name, tensor in student.state_dict().items():

@@ -125,7 +125,7 @@ def hypotheses(
     if type(value) is float:  # a width stated beside its ratio has to follow
         yield from (Fields(main + p.fields) for p in widths if type(p.value) is int)
         return
-    silent = _bundles(f for p in counts for f in p.fields)
+    silent = _bundles(f for p in counts for f in p.fields if in_reach(f, main))
     shaped = [p for p in widths if not set(p.fields) & set(main) and type(p.value) is int]
     shaped.sort(key=lambda p: not p.dims & probe.dims)  # what touches the same dimensions first
     bundles = silent + _bundles(f for p in shaped for f in p.fields)
@@ -139,13 +139,24 @@ def hypotheses(
     near = [b for b in fitting if any(set(p.fields) & set(b) and p.dims & probe.dims
                                       for p in shaped)]  # fmt: skip
     pairs = [a + b for a, b in itertools.combinations(near, 2)]
-    choices = [(main, quiet), (main + equals, ()), (main + equals, quiet)]
+    choices = [(main, quiet)]
+    for more in [(f,) for f in equals] * (len(equals) > 1) + [equals]:
+        near_by = tuple(f for p in counts for f in p.fields
+                        if in_reach(f, main + more) and _fits(prober.fields[f], value))  # fmt: skip
+        choices += [(main + more, ()), (main + more, near_by)]
     choices += [(main, b) for b in fitting] + [(main, p) for p in pairs]
     choices += [(main, quiet + b) for b in near]
     for fields in (Fields(m, c) for m, c in choices):
         if fields not in tried and fields != Fields(main) and len(tried) < _TRIES:
             tried.add(fields)
             yield fields
+
+
+def in_reach(count: str, main: Sequence[str]) -> bool:
+    """Whether a count may be one of these widths': not if it stands in another part of the config
+    (an image encoder's heads are not a text encoder's)."""
+    parts = {field.rpartition(".")[0] for field in main}
+    return "" in parts or count.rpartition(".")[0] in parts | {""}
 
 
 def _fits(count: Value, value: Value) -> bool:

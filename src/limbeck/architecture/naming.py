@@ -194,7 +194,7 @@ def distinct(axes: Sequence[Axis]) -> tuple[Axis, ...]:
     """In a fixed order, each with a name of its own: two of a kind are called by their fields."""
     number = Counter(axis.name for axis in axes)
     renamed = {
-        id(axis): next(iter(axis.fields))
+        id(axis): "+".join(axis.fields) if axis.name == "queries" else next(iter(axis.fields))
         for axis in axes
         if number[axis.name] > 1 and axis.name in _ORDER
         and "num_hidden_layers" not in axis.fields  # of several stacks the one all configs have

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 
 from limbeck.architecture.axes import Axis, layer_of
 from limbeck.architecture.fields import Build, Probe, Prober
-from limbeck.architecture.layouts import Part, find_parts
-from limbeck.architecture.moves import Fields, Move, hypotheses, measure
+from limbeck.architecture.layouts import Part, find_parts, member_of
+from limbeck.architecture.moves import Fields, Move, hypotheses, in_reach, measure
 from limbeck.architecture.naming import (
     Spread,
     Stack,
@@ -130,6 +130,9 @@ def _explain(
         parts, left = find_parts(small.bench, move)
         if not left:
             one = Found(probe, move, tuple(parts))
+            if _is_joint(one) and _has_smaller_units(small, one):
+                reason = f"{', '.join(fields.all)} move together only in units of several"
+                continue
             if not _regroups(one, counts):
                 return one, ""
             second = second or one
@@ -142,8 +145,24 @@ def _explain(
 
 def _regroups(one: Found, counts: Sequence[Probe]) -> bool:
     """Whether its blocks are units of a count that does not move with it: heads, most likely."""
-    others = {p.value for p in counts if not set(p.fields) & set(one.move.fields.all)}
+    fields = one.move.fields
+    others = {
+        p.value for p in counts
+        if in_reach(p.fields[0], fields.main) and not set(p.fields) & set(fields.all)
+    }  # fmt: skip
     return any(part.block > 1 and part.units in others for part in one.parts)
+
+
+def _has_smaller_units(small: SmallCopy, one: Found) -> bool:
+    """Whether parts of its blocks are interchangeable too: experts, two for each that is used."""
+    for part in one.parts:
+        factor = next(f for f in range(2, part.block + 1) if part.block % f == 0)
+        units = part.units * factor
+        members = {d: member_of(one.move, d, units, s) for d, s in part.dims.items()}
+        finer = {d: m for d, m in members.items() if m is not None}
+        if len(finer) == len(members) and small.bench.survives(finer, units):
+            return True
+    return False
 
 
 def _queries(small: SmallCopy, one: Found) -> list[Found]:
