@@ -185,19 +185,32 @@ FAMILIES = {
                          decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40,
                          vocab_size=99, num_mel_bins=8, max_source_positions=20,
                          max_target_positions=30, decoder_start_token_id=2, **TOKENS), BART),
-    "CLIP": Family("CLIPModel", hf.CLIPConfig(**TOWERS, projection_dim=20), ""),
-    "SigLIP": Family("SiglipModel", hf.SiglipConfig(**SIGLIP), ""),
-    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, num_local_experts=4), ""),
+    "CLIP": Family("CLIPModel", hf.CLIPConfig(**TOWERS, projection_dim=20),
+                   "text_config.hidden_size text_config.num_attention_heads "
+                   "text_config.intermediate_size text_config.num_hidden_layers "
+                   "vision_config.hidden_size vision_config.num_attention_heads "
+                   "vision_config.intermediate_size vision_config.num_hidden_layers "
+                   "projection_dim", {"vocab": "under other ids"}),  # it reads at the largest id
+    "SigLIP": Family("SiglipModel", hf.SiglipConfig(**SIGLIP),
+                     "text_config.hidden_size text_config.num_attention_heads ffn vocab "
+                     "text_config.projection_size vision_config.num_attention_heads "
+                     "vision_config.intermediate_size text_config.num_hidden_layers "
+                     "vision_config.num_hidden_layers"),
+    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, num_local_experts=4),
+                      LLAMA, {"num_local_experts": "only in units of several"}),
     "Qwen3-MoE": Family("Qwen3Moe" + LM,
                         hf.Qwen3MoeConfig(**OWN, num_experts=4, num_experts_per_tok=2,
-                                          moe_intermediate_size=24), ""),
+                                          moe_intermediate_size=24),
+                        LLAMA, {"num_local_experts": "only in units of several"}),
     "Mamba": Family("Mamba" + LM,
                     hf.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=8,
-                                   vocab_size=99, **TOKENS), ""),
+                                   vocab_size=99, **TOKENS),
+                    "hidden intermediate_size state_size layers vocab"),
     "Mamba2": Family("Mamba2" + LM,
                      hf.Mamba2Config(hidden_size=32, num_hidden_layers=3, state_size=8,
                                      num_heads=8, head_dim=8, n_groups=2, chunk_size=4,
-                                     vocab_size=99, **TOKENS), ""),
+                                     vocab_size=99, **TOKENS), "layers vocab",
+                     {"hidden_size": "no layout", "num_heads": "no layout"}),  # [x | B | C]
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def zeroed(model, axis, size):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_cut_is_the_zeroed_model_where_no_norm_sees_it(name):
-    """Of axes that nothing else is coupled to, at the smallest size: all but one step are gone."""
+    """Of axes that nothing else is coupled to, at a small size: few steps are left."""
     model, axes = known(name)
     partners = {other for axis in axes for other in (axis.name, *axis.coupled) if axis.coupled}
     tested = 0
@@ -97,8 +97,11 @@ def test_a_cut_is_the_zeroed_model_where_no_norm_sees_it(name):
         if not free or "norms over" in axis.reason:
             continue
         shape = full_shape(axes)
-        small = student(name, Shape({**shape.sizes, axis.name: axis.granularity}, shape.layers))
-        expected = logits(name, zeroed(model, axis, axis.granularity))
+        size = axis.granularity
+        if axis.name == "expand_ratios[1]":  # at a ratio of one EfficientNet has no expansion
+            size *= 2
+        small = student(name, Shape({**shape.sizes, axis.name: size}, shape.layers))
+        expected = logits(name, zeroed(model, axis, size))
         assert (logits(name, small) - expected).abs().max() < 1e-5 * expected.abs().max()
         tested += 1
     assert tested >= (name != "ConvNeXt")  # a norm sees both of its axes
@@ -137,4 +140,7 @@ def test_cut_layers_are_skipped_layers_and_survive_a_disk(name, tmp_path):
     small = small if layers else student(name, full_shape(axes))
     small.save_pretrained(tmp_path)
     loaded = getattr(transformers, FAMILIES[name].model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(name, loaded), logits(name, small))
+    state = loaded.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in small.state_dict().items())
+    # A convolution's last bits depend on where its weights lie in memory.
+    torch.testing.assert_close(logits(name, loaded), logits(name, small), rtol=1e-5, atol=1e-6)

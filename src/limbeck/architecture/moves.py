@@ -11,7 +11,7 @@ from limbeck.architecture.fields import Probe, Prober, Value, ratio_of
 from limbeck.architecture.twins import Dim
 
 _STEPS = 24  # of a unit's step, tried from the smallest
-_TRIES = 14  # hypotheses for one field: each costs a few builds and backwards
+_TRIES = 20  # hypotheses for one field: each costs a few builds and backwards
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def hypotheses(
     near = [b for b in fitting if any(set(p.fields) & set(b) and p.dims & probe.dims
                                       for p in shaped)]  # fmt: skip
     pairs = [a + b for a, b in itertools.combinations(near, 2)]
-    choices = [(main, quiet)]
-    for more in [(f,) for f in equals] * (len(equals) > 1) + [equals]:
-        near_by = tuple(f for p in counts for f in p.fields
-                        if in_reach(f, main + more) and _fits(prober.fields[f], value))  # fmt: skip
-        choices += [(main + more, ()), (main + more, near_by)]
+    choices: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for more in [()] + [(f,) for f in equals] * (len(equals) > 1) + [equals]:
+        in_part = _bundles(f for p in counts for f in p.fields if in_reach(f, main + more))
+        some = [b for b in in_part if all(_fits(prober.fields[f], value) for f in b)]
+        choices += [(main + more, b) for b in [(), *some, tuple(f for b in some for f in b)]]
     choices += [(main, b) for b in fitting] + [(main, p) for p in pairs]
     choices += [(main, quiet + b) for b in near]
     for fields in (Fields(m, c) for m, c in choices):

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from limbeck.architecture.axes import Axis, layer_of
 from limbeck.architecture.fields import Build, Probe, Prober
 from limbeck.architecture.layouts import Part, find_parts, member_of
-from limbeck.architecture.moves import Fields, Move, hypotheses, in_reach, measure
+from limbeck.architecture.moves import Fields, Move, hypotheses, measure
 from limbeck.architecture.naming import (
     Spread,
     Stack,
@@ -133,7 +133,7 @@ def _explain(
             if _is_joint(one) and _has_smaller_units(small, one):
                 reason = f"{', '.join(fields.all)} move together only in units of several"
                 continue
-            if not _regroups(one, counts):
+            if not _regroups(one, counts, small):
                 return one, ""
             second = second or one
             continue
@@ -143,14 +143,17 @@ def _explain(
     return second, reason
 
 
-def _regroups(one: Found, counts: Sequence[Probe]) -> bool:
-    """Whether its blocks are units of a count that does not move with it: heads, most likely."""
-    fields = one.move.fields
-    others = {
-        p.value for p in counts
-        if in_reach(p.fields[0], fields.main) and not set(p.fields) & set(fields.all)
-    }  # fmt: skip
-    return any(part.block > 1 and part.units in others for part in one.parts)
+def _regroups(one: Found, counts: Sequence[Probe], small: SmallCopy) -> bool:
+    """Whether its blocks are units of a count that does not move with it: of heads, most likely.
+    It is theirs if it changes nothing once they are zero."""
+    blocks = [part for part in one.parts if part.block > 1]
+    units = {part.units for part in blocks}
+    without = {dim[0] for part in blocks for dim in part.dims}
+    return any(
+        p.value in units and not set(p.fields) & set(one.move.fields.all)
+        and not small.regroups(p, without)
+        for p in counts
+    )  # fmt: skip
 
 
 def _has_smaller_units(small: SmallCopy, one: Found) -> bool:
