@@ -31,6 +31,7 @@ TOWERS = {
     "vision_config": {**SIZES, "intermediate_size": 40, "image_size": 16, "patch_size": 4},
 }
 SIGLIP = {**TOWERS, "text_config": TEXT}
+EXPERTS = {"experts_implementation": "eager"}  # the fused kernel wants widths of 16 bytes
 LM = "ForCausalLM"
 CLS = "ForSequenceClassification"
 BERT = "hidden heads ffn layers vocab"
@@ -196,10 +197,10 @@ FAMILIES = {
                      "text_config.projection_size vision_config.num_attention_heads "
                      "vision_config.intermediate_size text_config.num_hidden_layers "
                      "vision_config.num_hidden_layers"),
-    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, num_local_experts=4),
+    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, **EXPERTS, num_local_experts=4),
                       LLAMA, {"num_local_experts": "only in units of several"}),
     "Qwen3-MoE": Family("Qwen3Moe" + LM,
-                        hf.Qwen3MoeConfig(**OWN, num_experts=4, num_experts_per_tok=2,
+                        hf.Qwen3MoeConfig(**OWN, **EXPERTS, num_experts=4, num_experts_per_tok=2,
                                           moe_intermediate_size=24),
                         LLAMA, {"num_local_experts": "only in units of several"}),
     "Mamba": Family("Mamba" + LM,

@@ -104,7 +104,7 @@ def test_a_cut_is_the_zeroed_model_where_no_norm_sees_it(name):
         expected = logits(name, zeroed(model, axis, size))
         assert (logits(name, small) - expected).abs().max() < 1e-5 * expected.abs().max()
         tested += 1
-    assert tested >= (name != "ConvNeXt")  # a norm sees both of its axes
+    assert bool(tested) == (name not in ("ConvNeXt", "Mamba2"))  # norms see all; no width at all
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -116,7 +116,7 @@ def test_the_teachers_shape_is_the_teacher_and_sorting_changes_nothing(name):
     scores = {g.name: torch.rand(g.units) for a in usable(axes) for g in a.groups}
     ordered = sort_units(model.state_dict(), axes, scores)
     moved = [k for k, v in model.state_dict().items() if not torch.equal(v, ordered[k])]
-    assert moved
+    assert bool(moved) == (name != "Mamba2")  # none of its widths can be cut
     error = (logits(name, student(name, whole, ordered)) - plain).abs().max()
     assert error < 1e-4 * plain.abs().max()
 
