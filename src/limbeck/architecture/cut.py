@@ -6,7 +6,6 @@ first units of each group and a subset of the layers, renumbered.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -180,10 +179,9 @@ def student_config(
             kinds = vars(config).get("layer_types")  # transformers' one per-layer list
             if kinds and len(kinds) == axis.size:
                 lists["layer_types"] = [kinds[at] for at in kept]
-    fewer = copy.copy(config)
+    new = changed(config, values)
     for name, items in lists.items():
-        setattr(fewer, name, items)
-    new = changed(fewer, values)
+        setattr(new, name, items)
     _name_stages(new)
     return new
 

@@ -61,37 +61,18 @@ def ratio_of(value: float) -> float:
 
 
 def changed(config: PretrainedConfig, values: Mapping[str, Value]) -> PretrainedConfig:
-    """A copy with other values; a path is 'a', 'part.a' or 'a[1]'.
-
-    Numbers that the config computes from them follow, as when its file is read. Raises `AxisError`
-    where it computes one of these itself: a student of such a size could not be loaded.
-    """
+    """A copy with other values; a path is 'a', 'part.a' or 'a[1]'."""
     new = copy.deepcopy(config)
-    _set(new, values)
-    try:
-        read = numbers(type(new).from_dict(new.to_dict()))
-    except Exception as error:  # its lists of layers may not fit yet
-        _log.debug("%s does not load: %s", dict(values), error)
-        return new
-    now = numbers(new)
-    others = {path: value for path, value in read.items() if now.get(path, value) != value}
-    if lost := others.keys() & values.keys():
-        path = min(lost)
-        raise AxisError(path, f"becomes {others[path]} when the config is read again: computed")
-    _set(new, others)
-    return new
-
-
-def _set(config: PretrainedConfig, values: Mapping[str, Value]) -> None:
     for path, value in values.items():
         owner, _, name = path.rpartition(".")
-        holder = read_field(config, owner) if owner else config
+        holder = read_field(new, owner) if owner else new
         name, *at = re.findall(r"[^\[\]]+", name)
         if at:
             items = list(getattr(holder, name))
             items[int(at[0])] = value
             value = type(getattr(holder, name))(items)
         setattr(holder, name, value)
+    return new
 
 
 def numbers(config: PretrainedConfig) -> dict[str, Value]:

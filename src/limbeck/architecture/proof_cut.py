@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from limbeck.architecture.axes import Axis, Member, find_axis
+from limbeck.architecture.fields import numbers
 from limbeck.architecture.loaded import Loaded, Refused, difference
 
 Places = Mapping[tuple[str, int], Tensor]  # (parameter, dimension) -> channels that are kept
@@ -66,10 +68,21 @@ def _student(
     problem: Refused | None = None
     for sizes in _smaller(together):
         try:
-            return sizes, bench.student(bench.shape(sizes), moved)
+            student = bench.student(bench.shape(sizes), moved)
+            _check_config(student.config)  # type: ignore[arg-type]
+            return sizes, student
         except Refused as refusal:  # one size may be special: a projection falls away
             problem = problem or refusal
     raise problem or Refused(f"there is no size below {together[0].size}")
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    """Raises Refused where a config computes a number itself as soon as its file is read."""
+    before, after = numbers(config), numbers(type(config).from_dict(config.to_dict()))
+    for field, value in after.items():
+        if before.get(field, value) != value:
+            why = f"{before[field]} in the smaller model, and {value} once its config is read"
+            raise Refused(f"{field} is {why}: it could not be loaded")
 
 
 def _smaller(together: Sequence[Axis]) -> Iterator[dict[str, int]]:
