@@ -23,6 +23,7 @@ is trained, and pilots say what the dedicated ones would cost.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -196,7 +197,7 @@ def main() -> None:
     with patch.object(cores, "cores", return_value=1):  # CPU seconds of one thread
         results = compared(options)
     if not options.alone:
-        report(results)
+        report(summary(results))
 
 
 Results = dict[str, list[Found]]  # 'dedicated', 'random', 'elastic 0.5' -> by seed
@@ -247,8 +248,8 @@ def compared(options: argparse.Namespace) -> Results:
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
         if not options.alone:
             students("random", setting.from_random_weights(seed), seed)
-        if options.json:
-            text = json.dumps(results, indent=1)
+        if options.json and not options.alone:
+            text = json.dumps(summary(results), indent=1)
             options.json.write_text(text + "\n", encoding="utf-8")
     return results
 
@@ -267,22 +268,32 @@ def sampling_of(
     )  # fmt: skip
 
 
-def report(results: Results) -> None:
+def summary(results: Results) -> list[dict[str, Any]]:
+    """A row for each setting and size, worst first."""
+    out = []
     alone = results["dedicated"]
     for what, by_seed in results.items():
-        if what == "dedicated":
-            continue
-        print(f"\n{what}: difference from the dedicated student, points, worst first")
         rows = []
-        for name in _SHAPES:
+        for name in alone[0] if what != "dedicated" else ():
             over = [ours[name] - theirs[name] for ours, theirs in zip(by_seed, alone, strict=True)]
-            ours = statistics.mean(found[name] for found in by_seed)
-            theirs = statistics.mean(found[name] for found in alone)
-            rows.append((statistics.mean(over), min(over), max(over), name, ours, theirs))
-        for mean, least, most, name, ours, theirs in sorted(rows):
-            print(f"{name}  {mean:+6.2f} ({least:+.2f} to {most:+.2f})  {ours:.2f} %, alone "
-                  f"{theirs:.2f} %")  # fmt: skip
-        print(f"mean {statistics.mean(row[0] for row in rows):+.2f}")
+            ours, theirs = (statistics.mean(f[name] for f in found) for found in (by_seed, alone))
+            rows.append({"measure": "accuracy", "setting": f"{what}, size {name}", "ours": ours,
+                         "other": theirs, "other_name": "dedicated", "ratio": ours / theirs,
+                         "unit": "%", "n": len(over), "over": over})  # fmt: skip
+        out += sorted(rows, key=lambda row: row["ours"] - row["other"])
+    return out
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    for what, of_setting in itertools.groupby(rows, lambda row: row["setting"].split(",")[0]):
+        print(f"\n{what}: difference from the dedicated student, points, worst first")
+        means = []
+        for row in of_setting:
+            over = row["over"]
+            means.append(statistics.mean(over))
+            print(f"{row['setting'][-1]}  {means[-1]:+6.2f} ({min(over):+.2f} to {max(over):+.2f})"
+                  f"  {row['ours']:.2f} %, alone {row['other']:.2f} %")  # fmt: skip
+        print(f"mean {statistics.mean(means):+.2f}")
 
 
 if __name__ == "__main__":
