@@ -16,8 +16,8 @@ Settings are chosen with `--split validation --seeds 1`. A quarter of those rows
 training rows (they answer in the same threads) while the test rows were written later; so accuracy
 and loss are also given on the `far` half: the rows whose nearest training row, by the cosine of
 TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`, `--rate`,
-`--shares`, `--late`, `--switch`, `--rates`, `--unsorted`, `--hard`; with `--alone` the family alone
-is trained, and pilots say what the dedicated ones would cost.
+`--rates`, `--shares`, `--late`, `--switch`, `--unsorted`, `--hard`; with `--what elastic` the
+family alone is trained, and pilots say what the dedicated ones would cost.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _SHAPES = {
     "a": (8, 1152, 5), "b": (6, 768, 4), "c": (5, 512, 3), "d": (4, 384, 2), "e": (3, 320, 1),
 }  # fmt: skip
 _DEDICATED_RATE = {"a": 5e-4, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
+_WHAT = ["dedicated", "elastic", "random"]
 _PILOT = 64  # steps of the family whose cost says how many steps it may have
 _RATE = 8e-4  # of the family's largest
 
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--dedicated", type=float, nargs=5, metavar="RATE",
                         default=[*_DEDICATED_RATE.values()])  # fmt: skip
-    parser.add_argument("--alone", action="store_true", help="the family alone")
+    parser.add_argument("--what", nargs="+", choices=_WHAT, default=_WHAT)
     parser.add_argument("--policy", choices=("one", "sandwich", "all"), default="one")
     parser.add_argument("--rate", type=float, default=_RATE, help="of the family's largest")
     parser.add_argument("--rates", type=float, metavar="POWER", help="of 1 / work; 0: all alike")
@@ -196,8 +197,7 @@ def main() -> None:
         options.epochs, options.rows, options.seeds = 0.1, 500, 1
     with patch.object(cores, "cores", return_value=1):  # CPU seconds of one thread
         results = compared(options)
-    if not options.alone:
-        report(summary(results))
+    report(summary(results))
 
 
 Results = dict[str, list[Found]]  # 'dedicated', 'random', 'elastic 0.5' -> by seed
@@ -226,29 +226,34 @@ def compared(options: argparse.Namespace) -> Results:
         results.setdefault(what, []).append(alone)
         mean = statistics.mean(alone.values())
         each = "  ".join(f"{name} {value:.2f}" for name, value in alone.items())
-        print(f"seed {seed}, {what}: {each}  mean {mean:.2f} %; {sum(seconds.values()):.0f} CPU s")
+        taken = f"{sum(seconds.values()):.0f} CPU s"
+        print(f"seed {seed}, {what}: {each}  mean {mean:.2f} %; {taken}", flush=True)
         if far is not None:
             print("  " + "\n  ".join(said))
         return seconds
 
     for seed in range(options.seeds):
-        if options.alone:
-            pilots = {n: setting.trained(setting.family(n), 16, 1e-9, seed, Sampling()) / 16 * steps
-                      for n in names}  # fmt: skip
-        seconds = pilots if options.alone else students("dedicated", setting, seed)
+        if "dedicated" in options.what:
+            seconds = students("dedicated", setting, seed)
+        else:
+            seconds = {
+                name: setting.trained(setting.family(name), 16, 1e-9, seed, Sampling()) / 16 * steps
+                for name in names
+            }
         whole = sum(seconds.values())
         sampling = sampling_of(options, setting.family(names), seconds)
-        mean = setting.trained(setting.family(names), _PILOT, options.rate, seed, sampling) / _PILOT
-        for cost in options.cost:
+        pilot = setting.family(names)
+        mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
+        for cost in options.cost if "elastic" in options.what else ():
             family, count = setting.family(names), round(cost * whole / mean)
             taken = setting.trained(family, count, options.rate, seed, sampling)
             found, text = accuracy(family, rows, far)
             results.setdefault(f"elastic {cost:g}", []).append(found)
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
-        if not options.alone:
+        if "random" in options.what:
             students("random", setting.from_random_weights(seed), seed)
-        if options.json and not options.alone:
+        if options.json:
             text = json.dumps(summary(results), indent=1)
             options.json.write_text(text + "\n", encoding="utf-8")
     return results
@@ -271,8 +276,8 @@ def sampling_of(
 def summary(results: Results) -> list[dict[str, Any]]:
     """A row for each setting and size, worst first."""
     out = []
-    alone = results["dedicated"]
-    for what, by_seed in results.items():
+    alone = results.get("dedicated", [])
+    for what, by_seed in results.items() if alone else ():
         rows = []
         for name in alone[0] if what != "dedicated" else ():
             over = [ours[name] - theirs[name] for ours, theirs in zip(by_seed, alone, strict=True)]
