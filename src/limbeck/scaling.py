@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,8 +58,9 @@ def teach(
     )
     sampling = Sampling(
         shares={name: spec.epochs for name, spec in specs.items()},
-        rates={name: spec.learning_rate / base.learning_rate for name, spec in specs.items()},
-    )
+    ).for_family(family)
+    own = {s.name: s.learning_rate / base.learning_rate for s in recipe.students if s.learning_rate}
+    sampling = replace(sampling, rates={**(sampling.rates or {}), **own})
     train(family, training, folder, progress, sampling)
     with replaced(folder / "family.safetensors") as aside:
         save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
