@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from elastic import _RATE, _SHAPES, Setting, accuracy, prepared
+from elastic import _RATE, _SHAPES, Setting, accuracy, prepared, rows_of
 from elastic_picture import Series, draw
 from limbeck import cores
 from limbeck.architecture.axes import find_axis

@@ -49,14 +49,15 @@ def main() -> None:
     print("layers hidden   ffn |  measured ms  anchors only  with half |  MB measured  predicted")
     for c in drawn:
         real, said = truth[c.key], first[c.key]
-        later = f"{more.fitted(c).latency_ms:9.3f}" if c in rest else " " * 9
+        seen = f"{more.fitted(c).latency_ms:9.3f}" if c in rest else " " * 9
         print(f"{c.num_layers:6} {c.sizes['hidden']:6} {c.sizes['ffn']:5} | {real.latency_ms:12.3f}"
-              f"  {said.latency_ms:12.3f}  {later} | {real.memory_mb:12.1f}  {said.memory_mb:9.1f}")
+              f"  {said.latency_ms:12.3f}  {seen} | {real.memory_mb:12.1f}  {said.memory_mb:9.1f}")
+    later = {c.key: more.fitted(c) for c in rest}
     out = [
         _row("latency, anchors only", drawn, truth, first, "latency_ms"),
-        _row("latency, with half", rest, truth, {c.key: more.fitted(c) for c in rest}, "latency_ms"),
+        _row("latency, with half", rest, truth, later, "latency_ms"),
         _row("memory, anchors only", drawn, truth, first, "memory_mb"),
-        _row("memory, with half", rest, truth, {c.key: more.fitted(c) for c in rest}, "memory_mb"),
+        _row("memory, with half", rest, truth, later, "memory_mb"),
     ]
     for row in out:
         print(f"{row['setting']}: median error {row['ours']:.1f} %, largest {row['other']:.1f} %, "
