@@ -29,7 +29,7 @@ LAYERS = (
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"lazily"},
-    {"members"},
+    {"members", "sizing"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
     {"__init__", "cli"},

@@ -285,6 +285,8 @@ class Recipe(Spec):
                     f"`{cut[0].name}` is not trained, and there is no elastic run to cut it from: "
                     "`distill.run: elastic`"
                 )
+            if distill.rivals > 1:
+                raise ValueError("`distill.rivals` has no effect: they are tried in an elastic run")
             if self.evidence.dedicated:
                 raise ValueError("`evidence.dedicated` has no effect: all students are dedicated")
             return

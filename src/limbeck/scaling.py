@@ -34,6 +34,7 @@ from limbeck.train import train
 from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
+_TRIAL = 0.1  # of the training, for the choice between rivals
 _MOST = 40  # shapes whose quality is looked at for the frontier
 _FRONTIER_ROWS = 512  # validation rows
 
@@ -44,27 +45,97 @@ def teach(
     folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
 ) -> None:
     """All trained students in one run; the largest has to come first in `shapes`."""
+    family = _taught(folder, recipe, shapes, {name: name for name in shapes}, places, progress)
+    with replaced(folder / "family.safetensors") as aside:
+        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
+    write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
+
+
+def _taught(
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], students: Mapping[str, str],
+    places: Places, progress: Progress, *, share: float = 1.0, title: str = "family",
+) -> Family:  # fmt: skip
+    """A family of these shapes after `share` of its training; each size with the settings of a
+    student of the recipe."""
     task = open_task(recipe, places.data)
     family = _family(task, shapes, places)
-    specs = {name: recipe.training_of(recipe.student(name)) for name in shapes}
+    specs = {name: recipe.training_of(recipe.student(students[name])) for name in shapes}
     base = recipe.distill.training
+    epochs = share * sum(spec.epochs for spec in specs.values())
     training = Training(
         rows=task.rows("train"),
-        spec=base.model_copy(update={"epochs": sum(spec.epochs for spec in specs.values())}),
+        spec=base.model_copy(update={"epochs": epochs}),
         seed=recipe.seed,
-        title="family",
+        title=title,
         validate=validator(task, recipe.seed),
         **lesson(recipe, None, places),
     )
     sampling = Sampling(
         shares={name: spec.epochs for name, spec in specs.items()},
     ).for_family(family)
-    own = {s.name: s.learning_rate / base.learning_rate for s in recipe.students if s.learning_rate}
+    own = {
+        name: spec.learning_rate / base.learning_rate
+        for name, spec in specs.items() if recipe.student(students[name]).learning_rate
+    }  # fmt: skip
     sampling = replace(sampling, rates={**(sampling.rates or {}), **own})
     train(family, training, folder, progress, sampling)
-    with replaced(folder / "family.safetensors") as aside:
-        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
-    write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
+    return family
+
+
+def plan_rivals(folder: Path, student: StudentSpec, planner: Planner, count: int) -> None:
+    """`rivals.json`: the best shape for the budget by the rule, then the best of another depth, and
+    so on. Raises RecipeError where none keeps the budget."""
+    found: list[StudentPlan] = []
+    space = planner.space
+    while space and len(found) < count:
+        try:
+            plan = planner.plan(student, space)
+        except RecipeError:
+            if found:
+                break
+            raise
+        found.append(plan)
+        space = [c for c in space if c.num_layers != len(plan.shape.layers)]
+    write_json(folder / "rivals.json", [asdict(plan) for plan in found])
+
+
+def try_rivals(
+    folder: Path, recipe: Recipe, rivals: Mapping[str, Path], places: Places, progress: Progress
+) -> None:
+    """`trial.json`: each rival's loss and accuracy on the validation rows after a short training of
+    all of them together."""
+    shapes, students, params = {}, {}, {}
+    for student, path in rivals.items():
+        for at, plan in enumerate(read_json(path / "rivals.json")):
+            name = f"{student}.{at}"
+            shapes[name], students[name] = _shape(plan["shape"]), student
+            params[name] = plan["cost"]["params"]
+    ordered = {name: shapes[name] for name in sorted(shapes, key=lambda name: -params[name])}
+    family = _taught(
+        folder, recipe, ordered, students, places, progress, share=_TRIAL, title="rivals"
+    )
+    rows = open_task(recipe, places.data).rows("validation")
+    found = {name: loss_and_accuracy(rows, family.extract(name)) for name in ordered}
+    trial = {name: {"loss": loss, "accuracy": right} for name, (loss, right) in found.items()}
+    write_json(folder / "trial.json", {"n": len(rows), "share": _TRIAL, "rivals": trial})
+
+
+def decide(folder: Path, student: StudentSpec, rivals: Path, trial: Path) -> None:
+    """`plan.json`: the rival with the least loss."""
+    tried = read_json(trial / "trial.json")
+    plans = read_json(rivals / "rivals.json")
+    losses = [tried["rivals"][f"{student.name}.{at}"]["loss"] for at in range(len(plans))]
+    best = min(range(len(plans)), key=losses.__getitem__)
+    if len(plans) > 1:
+        others = ", ".join(
+            f"{loss:.3f} with {len(plan['shape']['layers'])} layers"
+            for plan, loss in zip(plans, losses, strict=True)
+        )
+        plans[best]["reason"] += (
+            f" Of {len(plans)} rivals it had the least loss on {tried['n']:,} validation rows "
+            f"after {tried['share']:.0%} of the training: {others}."
+        )
+    write_json(folder / "plan.json", plans[best])
 
 
 def load(task: Task, folder: Path, places: Places) -> Family:

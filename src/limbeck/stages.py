@@ -241,14 +241,17 @@ class Planner:
         self.costs = CostModel(self.measured)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
-        where = f"recipe.students.{student.name}.budget"
-        plan = plan_student(
-            student, where, self.space, self.axes, self.layers_of, self.costs,
-            watts=self.recipe.measure.watts,
-        )  # fmt: skip
+        plan = self.plan(student, self.space)
         exact = shape_parameters(self.config, self.task.build, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
         write_json(folder / "plan.json", asdict(plan) | {"timed": self.timed()})
+
+    def plan(self, student: StudentSpec, space: Sequence[Candidate]) -> StudentPlan:
+        """The best shape of the space. Raises RecipeError where none keeps the budget."""
+        return plan_student(
+            student, f"recipe.students.{student.name}.budget", space, self.axes, self.layers_of,
+            self.costs, watts=self.recipe.measure.watts,
+        )  # fmt: skip
 
     def layers_of(self, n: int) -> tuple[int, ...]:
         """The n layers that matter most."""
