@@ -16,9 +16,10 @@ import limbeck
 from limbeck import stages, train
 from limbeck.architecture.axes import Axis
 from limbeck.architecture.cut import build_student, shape_parameters
-from limbeck.architecture.plan import candidates, plan_student, score, shape_of
+from limbeck.architecture.plan import plan_student, score
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
+from limbeck.architecture.space import candidates, shape_of
 from limbeck.errors import AxisError
 from limbeck.export.onnx import export_onnx
 from limbeck.export.static import quantize_static_int8
@@ -57,7 +58,8 @@ def resnet(seed: int = 0, **changes):
 def axes() -> tuple[Axis, ...]:
     model = resnet().eval()
     inputs = rows().batch(range(4)).inputs
-    return tuple(prove_axes(model, model.config, build, find_axes(model.config, build), inputs, seed=0))
+    found = find_axes(model.config, build)
+    return tuple(prove_axes(model, model.config, build, found, inputs, seed=0))
 
 
 # The whole of it
@@ -126,7 +128,7 @@ def test_what_was_stored_of_each_view_is_what_the_teacher_says_of_it(done):
 
 
 def test_an_image_is_tried_by_its_path_and_the_cards_snippets_agree(done, monkeypatch, capsys):
-    folder, report = done
+    folder, _ = done
     student = folder / "out/students/one"
     image = folder / "pictures/kind 2/003.png"
     (name, probability), *_ = limbeck.try_student(student, str(image))
@@ -295,16 +297,19 @@ def test_no_two_stages_become_equal_where_a_projection_hangs_on_it():
 
 
 def test_more_room_is_never_a_worse_shape_and_latencies_are_fitted():
-    from limbeck.architecture.plan import LatencyModel
+    from limbeck.architecture.plan import CostModel, Sample
 
     def latency(c) -> float:
         return 0.1 + c.num_layers * (0.02 + c.matrix_params_per_layer / 1e5)
+
+    def cost(c) -> Sample:
+        return Sample(latency_ms=latency(c), memory_mb=50)
 
     scores = []
     for params in (1500, 3000, 5000, 7000):
         student = StudentSpec(name="s", budget=BudgetSpec(params=params, latency_ms=0.3))
         planned = plan_student(
-            student, "budget", space(), axes(), lambda n: (), LatencyModel(latency)
+            student, "budget", space(), axes(), lambda n: (), CostModel(cost)
         )
         chosen = next(
             c for c in space() if shape_of(c, axes(), lambda n: ()) == planned.shape

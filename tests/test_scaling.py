@@ -144,3 +144,24 @@ def test_settings_that_contradict_each_other(world, change, said):
     recipe["students"].append(cut)
     with pytest.raises(RecipeError, match=said):
         validate(recipe)
+
+
+def test_rivals_of_one_budget_are_tried_before_one_is_taken(world, tmp_path):
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    recipe["distill"]["rivals"] = 2
+    recipe["evidence"]["dedicated"] = []
+    (world / "rivals.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "run"
+    with quickly():
+        report = limbeck.distill(world / "rivals.yaml", out)
+    trial = json.loads((out / "trial/trial.json").read_text())
+    assert trial["rivals"].keys() == {"small.0", "small.1", "large.0", "large.1"}
+    for student in report.students:
+        rivals = json.loads((out / "students" / student.name / "rivals/rivals.json").read_text())
+        depths = [len(plan["shape"]["layers"]) for plan in rivals]
+        assert len({*depths}) == 2
+        losses = [trial["rivals"][f"{student.name}.{at}"]["loss"] for at in range(2)]
+        assert len(student.shape.layers) == depths[losses.index(min(losses))]
+        assert "Of 2 rivals it had the least loss" in student.reason and student.budget.met
+    with quickly():
+        assert all(stage.reused for stage in limbeck.distill(world / "rivals.yaml", out).stages)

@@ -25,6 +25,11 @@ class Ground:
     space: Made  # of the base
 
     @property
+    def digests(self) -> list[str]:
+        made = (self.data, self.teacher, self.signals, self.base, self.space)
+        return [one.digest for one in made]
+
+    @property
     def places(self) -> Places:
         return Places(
             data=self.data.folder, teacher=self.teacher.folder, signals=self.signals.folder,

@@ -83,8 +83,10 @@ class Observer:
 
 
 def tokens(batch: Batch) -> Tensor:
-    """(B, T) bool: the positions that hold a token."""
-    return batch.inputs["attention_mask"].bool()
+    """(B, T) bool: the positions that hold a token; of packed rows, which have no mask of theirs,
+    those that count."""
+    held = batch.inputs.get("attention_mask")
+    return batch.mask if held is None else held.bool()
 
 
 def _mean(states: Tensor, batch: Batch) -> Tensor:

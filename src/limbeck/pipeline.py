@@ -26,7 +26,10 @@ from limbeck.recipe_file import RECIPE, load_recipe, rebase, validate
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved
+from limbeck.sizing import Sizes
 from limbeck.sources import fetch
+
+_SURVEY = 2  # the format of what the stage `architecture` leaves
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ def distill(
         cut_from = still.base(teacher, data)
         space = still.space(cut_from, data)
         ground = Ground(data, teacher, signals, cut_from, space)
-        plans = {s.name: still.plan(s, ground) for s in recipe.students if s.trained}
+        sizes = Sizes(run, recipe, progress, ground)
+        plans = sizes.all()
         features = still.features(ground, plans)
-        together = still.together(ground, plans)
-        frontier = still.frontier(ground, together)
+        together = sizes.together(plans)
+        frontier = sizes.frontier(together)
         for student in recipe.students:
             if not student.trained:
-                plans[student.name] = still.plan_cut(student, ground, frontier)
+                plans[student.name] = sizes.cut(student, frontier)
         original = still.measured_teacher(teacher, data)
         family = {
             student.name: still.member(student, plans, ground, features, together, original)
@@ -144,7 +148,6 @@ class _Still:
     recipe: Recipe
     progress: Progress
     sources: Sources
-    _planner: Any = None
 
     def data(self) -> Made:
         s, recipe = self.sources, self.recipe
@@ -216,36 +219,11 @@ class _Still:
 
     def space(self, base: Made, data: Made) -> Made:
         return self.run.stage(
-            "architecture", [base.digest, data.digest, self.recipe.seed],
+            "architecture", [_SURVEY, base.digest, data.digest, self.recipe.seed],
             lambda at: stages.survey(
                 at, self.recipe, base.folder, data.folder, self.progress
             ),
         )  # fmt: skip
-
-    def plan(self, student: StudentSpec, ground: Ground) -> Made:
-        return self.run.stage(
-            f"students/{student.name}/plan", self._for_plan(student, ground.space),
-            lambda at: self._planning(ground)(at, student),
-        )  # fmt: skip
-
-    def plan_cut(self, student: StudentSpec, ground: Ground, frontier: Made | None) -> Made:
-        """Of a student that is not trained."""
-        assert frontier is not None  # the recipe checked it
-        return self.run.stage(
-            f"students/{student.name}/plan", self._for_plan(student, frontier),
-            lambda at: scaling.plan_cut(at, student, self._planning(ground), frontier.folder),
-        )  # fmt: skip
-
-    def _for_plan(self, student: StudentSpec, space: Made) -> list[Any]:
-        recipe = self.recipe
-        inputs: list[Any] = [space.digest, student.budget, recipe.export.primary]
-        return [*inputs, recipe.task, recipe.measure] if student.budget.latency_ms else inputs
-
-    def _planning(self, ground: Ground) -> Any:
-        """One for all students: what was timed for one serves the next."""
-        if self._planner is None:
-            self._planner = stages.Planner(self.recipe, ground.places, self.progress)
-        return self._planner
 
     def features(self, ground: Ground, plans: Mapping[str, Made]) -> Made | None:
         """Hidden states and embeddings, where students learn from them: of the layers they do."""
@@ -264,38 +242,6 @@ class _Still:
             lambda at: teaching.store_features(
                 at, recipe, {n: stages.read_plan(p.folder).shape for n, p in plans.items()},
                 ground.places, self.progress,
-            ),
-        )  # fmt: skip
-
-    def together(self, ground: Ground, plans: Mapping[str, Made]) -> Made | None:
-        """The one training of an elastic run; the largest student first."""
-        recipe = self.recipe
-        if recipe.distill.run == "dedicated":
-            return None
-        found = {name: plan.json("plan.json") for name, plan in plans.items()}
-        names = sorted(found, key=lambda name: (-found[name]["cost"]["params"], name))
-        trainings = {name: recipe.training_of(recipe.student(name)) for name in names}
-        made = (ground.teacher, ground.base, ground.space, ground.signals, ground.data)
-        return self.run.stage(
-            "family",
-            [*[one.digest for one in made], recipe.seed, recipe.task, recipe.distill, trainings,
-             {name: found[name]["shape"] for name in names}],
-            lambda at: scaling.teach(
-                at, recipe, {n: stages.read_plan(plans[n].folder).shape for n in names},
-                ground.places, self.progress,
-            ),
-        )  # fmt: skip
-
-    def frontier(self, ground: Ground, together: Made | None) -> Made | None:
-        """What shapes between the trained ones are worth."""
-        if together is None:
-            return None
-        recipe = self.recipe
-        inputs = [together.digest, ground.base.digest, ground.space.digest, ground.data.digest]
-        return self.run.stage(
-            "frontier", [*inputs, recipe.seed, recipe.export.primary],
-            lambda at: scaling.look(
-                at, recipe, together.folder, ground.places, self.progress
             ),
         )  # fmt: skip
 

@@ -13,7 +13,8 @@ import torch
 
 from limbeck import stages
 from limbeck.architecture.cut import any_layers
-from limbeck.architecture.plan import Candidate, LatencyModel, plan_student, shape_of
+from limbeck.architecture.plan import CostModel, Sample, plan_student
+from limbeck.architecture.space import Candidate, shape_of
 from limbeck.cores import cores, on_each
 from limbeck.pipeline import fetch_teacher
 from limbeck.progress import Progress, Silent
@@ -42,7 +43,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         base_folder = fetch(recipe.base.model, where=where, base=base, kind="model").path
     config, axes = stages.untuned_axes(recipe, model_folder, base_folder, task)
 
-    def measure(candidate: Candidate) -> float:
+    def measure(candidate: Candidate) -> Sample:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         shape = shape_of(candidate, axes, spread)
         return stages.time_shape(recipe, task, config, axes, shape)
@@ -51,10 +52,13 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         return any_layers(axes, count)
 
     space = stages.space_of(task, config, axes, recipe.export.primary)
-    latency = LatencyModel(measure)
+    costs = CostModel(measure)
     students = tuple(
-        plan_student(s, f"recipe.students.{s.name}.budget", space, axes, spread, latency)
-        for s in recipe.students
+        plan_student(
+            s, f"recipe.students.{s.name}.budget", space, axes, spread, costs,
+            watts=recipe.measure.watts,
+        )
+        for s in recipe.students if s.trained
     )
     rows = _training_rows(recipe, num_rows, recipe.task.num_views)
     sizes = {"vocab_size": len(task.labels), "rows": rows, "positions": rows}

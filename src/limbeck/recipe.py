@@ -142,12 +142,20 @@ class BudgetSpec(Spec):
     size_mb: float | None = Field(None, gt=0)
     """The primary format's file on disk, 10^6 bytes."""
     latency_ms: float | None = Field(None, gt=0)
-    """Median of one batch-1 call of the primary format, with an input of the largest size."""
+    """Median of one batch-1 call of the primary format, inputs of the largest size."""
+    memory_mb: float | None = Field(None, gt=0)
+    """Peak of a process that does nothing but run the primary format's file, 10^6 bytes."""
+    energy_mj: float | None = Field(None, gt=0)
+    """Of one batch-1 call, millijoules: `measure.watts` times its latency, an estimate."""
+    retention: float | None = Field(None, gt=0, le=1.5)
+    """At least this share of the teacher's quality, with as few parameters as that takes. Only of a
+    student that is cut from an elastic run (`trained: false`)."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if self.params is None and self.size_mb is None and self.latency_ms is None:
-            raise ValueError("an empty budget: one or more of params, size_mb, latency_ms")
+        if not self.model_dump(exclude_none=True):
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"an empty budget: one or more of {known}")
         return self
 
 
@@ -202,6 +210,8 @@ class ExportSpec(Spec):
 class MeasureSpec(Spec):
     threads: int = Field(1, ge=1)
     """CPU threads for latency, throughput and memory."""
+    watts: float | None = Field(None, gt=0)
+    """What the device draws while it runs a model, for budgets of energy."""
     latency_runs: int = Field(100, ge=10)
     """Timed batch-1 calls."""
     secondary_rows: int | None = Field(None, ge=1)
@@ -291,6 +301,21 @@ class Recipe(Spec):
         """Whether a linear model is fitted too."""
         return self.task.has_tokens if self.evidence.linear is None else self.evidence.linear
 
+    @model_validator(mode="after")
+    def _budgets_can_be_kept(self) -> Self:
+        for student in self.students:
+            if student.budget.energy_mj is not None and self.measure.watts is None:
+                raise ValueError(
+                    f"`{student.name}` has a budget of energy, and nothing says what the device "
+                    "draws: `measure.watts`"
+                )
+            if student.budget.retention is not None and student.trained:
+                raise ValueError(
+                    f"`{student.name}` shall keep a share of the quality, which is known of "
+                    "students cut from an elastic run alone: `trained: false`, or another budget"
+                )
+        return self
+
     def _check_elastic(self) -> None:
         distill, cut = self.distill, [s for s in self.students if not s.trained]
         if distill.run == "dedicated":
@@ -299,6 +324,8 @@ class Recipe(Spec):
                     f"`{cut[0].name}` is not trained, and there is no elastic run to cut it from: "
                     "`distill.run: elastic`"
                 )
+            if distill.rivals > 1:
+                raise ValueError("`distill.rivals` has no effect: they are tried in an elastic run")
             if self.evidence.dedicated:
                 raise ValueError("`evidence.dedicated` has no effect: all students are dedicated")
             return

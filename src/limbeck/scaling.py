@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck._startup import prepare_torch
-from limbeck.architecture.plan import Candidate, plan_student, shape_of
+from limbeck.architecture.plan import plan_student
+from limbeck.architecture.space import Candidate, shape_of
 from limbeck.elastic import Sampling
-from limbeck.errors import RunFolderError
+from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
@@ -36,6 +37,7 @@ from limbeck.train import train
 from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
+_TRIAL = 0.1  # of the training, for the choice between rivals
 _MOST = 40  # shapes whose quality is looked at for the frontier
 _FRONTIER_ROWS = 512  # validation rows
 
@@ -46,26 +48,97 @@ def teach(
     folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
 ) -> None:
     """All trained students in one run; the largest has to come first in `shapes`."""
+    family = _taught(folder, recipe, shapes, {name: name for name in shapes}, places, progress)
+    with replaced(folder / "family.safetensors") as aside:
+        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
+    write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
+
+
+def _taught(
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], students: Mapping[str, str],
+    places: Places, progress: Progress, *, share: float = 1.0, title: str = "family",
+) -> Family:  # fmt: skip
+    """A family of these shapes after `share` of its training; each size with the settings of a
+    student of the recipe."""
     task = open_task(recipe, places.data)
     family = _family(task, shapes, places)
-    specs = {name: recipe.training_of(recipe.student(name)) for name in shapes}
+    specs = {name: recipe.training_of(recipe.student(students[name])) for name in shapes}
     base = recipe.distill.training
+    epochs = share * sum(spec.epochs for spec in specs.values())
     training = Training(
         rows=task.rows("train"),
-        spec=base.model_copy(update={"epochs": sum(spec.epochs for spec in specs.values())}),
+        spec=base.model_copy(update={"epochs": epochs}),
         seed=recipe.seed,
-        title="family",
+        title=title,
         validate=validator(task, recipe.seed),
         **lesson(recipe, None, places),
     )
     sampling = Sampling(
         shares={name: spec.epochs for name, spec in specs.items()},
-        rates={name: spec.learning_rate / base.learning_rate for name, spec in specs.items()},
-    )
+    ).for_family(family)
+    own = {
+        name: spec.learning_rate / base.learning_rate
+        for name, spec in specs.items() if recipe.student(students[name]).learning_rate
+    }  # fmt: skip
+    sampling = replace(sampling, rates={**(sampling.rates or {}), **own})
     train(family, training, folder, progress, sampling)
-    with replaced(folder / "family.safetensors") as aside:
-        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
-    write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
+    return family
+
+
+def plan_rivals(folder: Path, student: StudentSpec, planner: Planner, count: int) -> None:
+    """`rivals.json`: the best shape for the budget by the rule, then the best of another depth, and
+    so on. Raises RecipeError where none keeps the budget."""
+    found: list[StudentPlan] = []
+    space = planner.space
+    while space and len(found) < count:
+        try:
+            plan = planner.plan(student, space)
+        except RecipeError:
+            if found:
+                break
+            raise
+        found.append(plan)
+        space = [c for c in space if c.num_layers != _depth(plan.shape)]
+    write_json(folder / "rivals.json", [asdict(plan) for plan in found])
+
+
+def try_rivals(
+    folder: Path, recipe: Recipe, rivals: Mapping[str, Path], places: Places, progress: Progress
+) -> None:
+    """`trial.json`: each rival's loss and accuracy on the validation rows after a short training of
+    all of them together."""
+    shapes, students, params = {}, {}, {}
+    for student, path in rivals.items():
+        for at, plan in enumerate(read_json(path / "rivals.json")):
+            name = f"{student}.{at}"
+            shapes[name], students[name] = Shape.of(plan["shape"]), student
+            params[name] = plan["cost"]["params"]
+    ordered = {name: shapes[name] for name in sorted(shapes, key=lambda name: -params[name])}
+    family = _taught(
+        folder, recipe, ordered, students, places, progress, share=_TRIAL, title="rivals"
+    )
+    rows = open_task(recipe, places.data).rows("validation")
+    found = {name: loss_and_accuracy(rows, family.extract(name)) for name in ordered}
+    trial = {name: {"loss": loss, "accuracy": right} for name, (loss, right) in found.items()}
+    write_json(folder / "trial.json", {"n": len(rows), "share": _TRIAL, "rivals": trial})
+
+
+def decide(folder: Path, student: StudentSpec, rivals: Path, trial: Path) -> None:
+    """`plan.json`: the rival with the least loss."""
+    tried = read_json(trial / "trial.json")
+    plans = read_json(rivals / "rivals.json")
+    losses = [tried["rivals"][f"{student.name}.{at}"]["loss"] for at in range(len(plans))]
+    best = min(range(len(plans)), key=losses.__getitem__)
+    if len(plans) > 1:
+        others = ", ".join(
+            f"{loss:.3f} with {len(plan['shape']['layers'])} layers"
+            for plan, loss in zip(plans, losses, strict=True)
+        )
+        plans[best]["reason"] += (
+            f" Of {len(plans)} rivals it had the least loss on {tried['n']:,} validation rows "
+            f"after {tried['share']:.0%} of the training: {others}."
+        )
+    write_json(folder / "plan.json", plans[best])
 
 
 def load(task: Task, folder: Path, places: Places) -> Family:
@@ -119,19 +192,25 @@ def look(
                 }
             )  # fmt: skip
             bar.advance(1)
-    write_json(folder / FRONTIER, found)
+    teacher = task.load(places.teacher, where="teacher").eval()
+    loss, accuracy = loss_and_accuracy(rows, teacher)
+    theirs = {"accuracy": accuracy, "loss": loss, "n": len(rows)}
+    write_json(folder / FRONTIER, {"teacher": theirs, "shapes": found})
 
 
 def plan_cut(folder: Path, student: StudentSpec, planner: Planner, frontier: Path) -> None:
     """`plan.json` of a student that is cut between trained sizes: of those within its budget the
-    one with the least loss on the validation rows.
+    one with the least loss on the validation rows, or the smallest that keeps what it shall.
 
     Raises RecipeError where none is within.
     """
     plan, entry, considered = _choose(student, planner, frontier)
+    which = "the one within its budget with the least loss"
+    if student.budget.retention:
+        which = f"the smallest that keeps {student.budget.retention:.1%} of the teacher's accuracy"
     reason = (
-        f"Not trained: of {considered} shapes at and between the trained sizes the one within its "
-        f"budget with the least loss on {entry['n']:,} validation rows."
+        f"Not trained: of {considered} shapes at and between the trained sizes {which} on "
+        f"{entry['n']:,} validation rows."
     )
     write_json(folder / "plan.json", asdict(plan) | {"reason": reason, "timed": planner.timed()})
 
@@ -140,13 +219,32 @@ def _choose(
     student: StudentSpec, planner: Planner, frontier: Path
 ) -> tuple[StudentPlan, dict[str, Any], int]:
     """The plan, what the frontier says of its shape, and how many shapes there were."""
-    seen = {_key(Shape.of(e["shape"])): e for e in read_json(frontier / FRONTIER)}
+    looked = read_json(frontier / FRONTIER)
+    seen = {_key(Shape.of(e["shape"])): e for e in looked["shapes"]}
     space = [c for c in planner.space if _candidate_key(c) in seen]
+    where, considered = f"recipe.students.{student.name}.budget", len(space)
+
+    if (share := student.budget.retention) is not None:
+        theirs = looked["teacher"]["accuracy"]
+        kept = {c.key: seen[_candidate_key(c)]["accuracy"] / theirs for c in space}
+        most = max(kept.values())
+        space = [c for c in space if kept[c.key] >= share]
+        if not space:
+            raise RecipeError(
+                f"{where}.retention", f"no shape keeps {share:.1%}",
+                allowed=f"up to {most:.1%}, on the validation rows", fix="ask for less",
+            )  # fmt: skip
+
+    def rank(candidate: Candidate) -> float:
+        if share is not None:
+            return -float(candidate.params)
+        return -float(seen[_candidate_key(candidate)]["loss"])
+
     plan = plan_student(
-        student, f"recipe.students.{student.name}.budget", space, planner.axes, planner.layers_of,
-        planner.latency, rank=lambda c: -float(seen[_candidate_key(c)]["loss"]),
+        student, where, space, planner.axes, planner.layers_of, planner.costs, rank=rank,
+        watts=planner.recipe.measure.watts,
     )  # fmt: skip
-    return plan, seen[_key(plan.shape)], len(space)
+    return plan, seen[_key(plan.shape)], considered
 
 
 Settle = Callable[[nn.Module], None]
@@ -187,18 +285,20 @@ class LoadedFamily:
         return {name: size.shape for name, size in self.family.sizes.items()}
 
     def cut(
-        self, *, params: int | str | None = None, size_mb: float | None = None,
-        latency_ms: float | None = None,
-    ) -> nn.Module:  # fmt: skip
-        """The best model within the budget, in eval mode, with weights of its own. `params` may be
-        '3M' or '450k'. Raises RecipeError where no shape keeps it."""
-        budget = {"params": _count(params), "size_mb": size_mb, "latency_ms": latency_ms}
+        self, *, params: int | str | None = None, **budget: float
+    ) -> nn.Module:
+        """The best model within the budget, in eval mode, with weights of its own.
+
+        `params` may be '3M' or '450k'; the other limits are those of a recipe's budget. Raises
+        RecipeError where no shape keeps them, pydantic's ValidationError for what is no limit.
+        """
+        budget |= {"params": _count(params)} if params is not None else {}
         student = StudentSpec.model_validate({"name": "cut", "budget": budget, "trained": False})
         shape = _choose(student, self._planner, self._frontier)[0].shape
         return cut_or_extract(self.family, shape, self._settle)
 
 
-def _count(value: int | str | None) -> int | None:
+def _count(value: int | str) -> int:
     """'3M' is 3,000,000. Raises ValueError for what is no number."""
     if not isinstance(value, str):
         return value

@@ -25,18 +25,12 @@ from limbeck.architecture.cut import (
     shape_parameters,
     student_config,
 )
-from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.importance import described, importance, load_importance
 from limbeck.architecture.inputs import example_inputs
-from limbeck.architecture.plan import (
-    Candidate,
-    LatencyModel,
-    candidates,
-    plan_student,
-    shape_of,
-    within_budget,
-)
+from limbeck.architecture.plan import CostModel, Sample, plan_student, within_budget
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
+from limbeck.architecture.space import Candidate, candidates, shape_of
 from limbeck.errors import RecipeError
 from limbeck.export.onnx import export_onnx, quantize_int8
 from limbeck.export.static import quantize_static_int8
@@ -154,6 +148,7 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     summary = {
         "layer_importance": rises,
+        "unit_importance": described(axes, scores),
         "base_params": num_parameters(model),
         "shapes": shapes,
         "axes": [
@@ -247,16 +242,20 @@ class Planner:
         self.axes = read_axes(places)
         self.scores = load_importance(places.space / "importance.safetensors").layers
         self.space = space_of(self.task, self.config, self.axes, recipe.export.primary)
-        self.latency = LatencyModel(self._time)
+        self.costs = CostModel(self.measured)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
-        where = f"recipe.students.{student.name}.budget"
-        plan = plan_student(
-            student, where, self.space, self.axes, self.layers_of, self.latency
-        )
+        plan = self.plan(student, self.space)
         exact = shape_parameters(self.config, self.task.build, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
         write_json(folder / "plan.json", asdict(plan) | {"timed": self.timed()})
+
+    def plan(self, student: StudentSpec, space: Sequence[Candidate]) -> StudentPlan:
+        """The best shape of the space. Raises RecipeError where none keeps the budget."""
+        return plan_student(
+            student, f"recipe.students.{student.name}.budget", space, self.axes, self.layers_of,
+            self.costs, watts=self.recipe.measure.watts,
+        )  # fmt: skip
 
     def layers_of(self, n: int) -> tuple[int, ...]:
         """The n layers that matter most."""
@@ -265,10 +264,11 @@ class Planner:
 
     def timed(self) -> list[dict[str, Any]]:
         return [
-            {"shape": dict(key), "latency_ms": t} for key, (_, t) in self.latency.measured.items()
+            {"shape": dict(key), **asdict(sample)}
+            for key, (_, sample) in self.costs.measured.items()
         ]
 
-    def _time(self, candidate: Candidate) -> float:
+    def measured(self, candidate: Candidate) -> Sample:
         shape = shape_of(candidate, self.axes, partial(any_layers, self.axes))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.task, self.config, self.axes, shape)
@@ -283,8 +283,8 @@ def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[
 
 def time_shape(
     recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape
-) -> float:
-    """Median ms of a random-weight model of this shape, through the real export and runtime."""
+) -> Sample:
+    """Of a random-weight model of this shape, through the real export and runtime."""
     torch.manual_seed(0)
     own = student_config(config, axes, shape)
     model = task.build(own).eval()
@@ -301,7 +301,7 @@ def time_shape(
             path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
             runs=recipe.measure.latency_runs,
         )  # fmt: skip
-    return timing.latency_ms
+    return Sample(timing.latency_ms, timing.peak_memory_bytes / 1e6)
 
 
 def read_plan(folder: Path) -> StudentPlan:

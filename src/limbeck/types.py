@@ -164,6 +164,7 @@ class Cost:
     params: int
     size_bytes: int  # of the primary export
     latency_ms: float | None  # None: nobody asked, so nobody measured
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

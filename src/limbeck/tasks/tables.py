@@ -128,7 +128,7 @@ def _delimited_rows(
 
 
 def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
-    allowed = f'an object, {{"{wanted[0]}": "...", "{wanted[1]}": "..."}}'
+    allowed = "an object, {" + ", ".join(f'"{name}": ...' for name in wanted) + "}"
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -19,9 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from limbeck import models
 from limbeck.errors import SourceError
 from limbeck.export.folder import save_model, save_tokenizer
+from limbeck.fast_tokenizer import tokenizer_fingerprints
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import TextTask
-from limbeck.run import json_sha256, replaced, write_json
+from limbeck.run import replaced, write_json
 from limbeck.tasks.splits import check_labels, hold_out, limited
 from limbeck.tasks.tables import read_table
 from limbeck.types import Batch, Input
@@ -140,15 +141,11 @@ class TextClassification:
     def preprocessing(self, model: Path) -> Mapping[str, Any]:
         """The tokenizer counts by token identity: another with as many tokens, or one with the
         same tokens at other ids, is another. So does how it cuts text into words."""
-        tokenizer = models.load_tokenizer(model, where=str(model))
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        for changing in ("truncation", "padding", "model", "added_tokens"):
-            rules.pop(changing, None)
-        template = tokenizer.chat_template
+        found = tokenizer_fingerprints(models.load_tokenizer(model, where=str(model)))
         return {
-            "tokenizer": json_sha256(tokenizer.get_vocab()),
-            "chat_template": json_sha256(template) if template else None,
-            "preprocessing": {"max_tokens": self.max_tokens, "rules": json_sha256(rules)},
+            "tokenizer": found["tokenizer"],
+            "chat_template": found["chat_template"],
+            "preprocessing": {"max_tokens": self.max_tokens, "rules": found["rules"]},
         }
 
     def example(self) -> str:
