@@ -6,26 +6,35 @@
 The run's teacher, signals and importance are used; all students start as prefixes of the same
 sorted teacher and have the same loss, batch size, schedule and optimizer. The dedicated ones train
 for `--epochs` each, with the learning rate that was best for each on the validation rows. The
-family trains one size a step, for as many steps as cost, by a pilot and in CPU seconds of the
-process, the given part of what the five took together; what it did take is printed. Learning rates
-and shares of the family were chosen on the validation rows too, with seed 0 (docs/log.md). A seed
-is an order of the rows, the same for all. Accuracy is that of the fp32 students on `--rows` test
-rows, all if not given; differences are to the dedicated student of the same size and seed.
+family trains with `Sampling()` for as many steps as cost, by a pilot and in CPU seconds of the
+process, the given part of what the five took together; what it did take is printed. `random` are
+the dedicated students again, from random weights. A seed is an order of the rows, the same for all.
+Accuracy is that of the fp32 students on `--rows` test rows, all if not given; differences are to
+the dedicated student of the same size and seed.
+
+Settings are chosen with `--split validation --seeds 1`. A quarter of those rows are near copies of
+training rows (they answer in the same threads) while the test rows were written later; so accuracy
+and loss are also given on the `far` half: the rows whose nearest training row, by the cosine of
+TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`, `--rate`,
+`--rates`, `--shares`, `--late`, `--switch`, `--unsorted`, `--hard`; with `--what elastic` the
+family alone is trained, and pilots say what the dedicated ones would cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
@@ -38,8 +47,9 @@ from limbeck.family import Family
 from limbeck.models import build_classifier
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
+from limbeck.stages import places_of
 from limbeck.step import Training
-from limbeck.tasks.task import Rows, Task, open_task
+from limbeck.tasks.task import Rows, open_task
 from limbeck.train import train
 from limbeck.types import Shape
 
@@ -48,9 +58,9 @@ _SHAPES = {
     "a": (8, 1152, 5), "b": (6, 768, 4), "c": (5, 512, 3), "d": (4, 384, 2), "e": (3, 320, 1),
 }  # fmt: skip
 _DEDICATED_RATE = {"a": 5e-4, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
+_WHAT = ["dedicated", "elastic", "random"]
 _PILOT = 64  # steps of the family whose cost says how many steps it may have
-_RATE = 1e-3  # of the family, times:
-_RATES = {"a": 0.8, "b": 1.2, "c": 1.8, "d": 2.5, "e": 4.0}
+_RATE = 8e-4  # of the family's largest
 
 
 @dataclass(frozen=True)
@@ -64,17 +74,24 @@ class Setting:
     lesson: Mapping[str, Any]
     rows: Rows
 
+    @property
+    def batch_size(self) -> int:
+        return self.lesson["spec"].batch_size
+
     def family(self, names: str) -> Family:
         shapes = {name: self.shapes[name] for name in names}
         return Family(self.config, build_classifier, self.axes, shapes, self.state)
+
+    def from_random_weights(self, seed: int) -> Setting:
+        torch.manual_seed(seed)
+        return replace(self, state=build_classifier(self.config).state_dict())
 
     def trained(
         self, family: Family, steps: int, rate: float, seed: int, sampling: Sampling
     ) -> float:
         """CPU seconds."""
-        spec = self.lesson["spec"]
-        epochs = steps * spec.batch_size / len(self.rows)
-        spec = spec.model_copy(update={"epochs": epochs, "learning_rate": rate})
+        epochs = steps * self.batch_size / len(self.rows)
+        spec = self.lesson["spec"].model_copy(update={"epochs": epochs, "learning_rate": rate})
         training = Training(**{**self.lesson, "spec": spec}, rows=self.rows, seed=seed, title="")
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
@@ -82,7 +99,7 @@ class Setting:
             return time.process_time() - start
 
 
-def prepared(run: Path) -> tuple[Setting, Task]:
+def prepared(run: Path, *, is_sorted: bool = True, hard: bool = False) -> Setting:
     recipe, _ = load_recipe(run)
     task = open_task(recipe, run / "data")
     teacher = task.load(run / "teacher/hf", where="teacher")
@@ -97,107 +114,194 @@ def prepared(run: Path) -> tuple[Setting, Task]:
         )
         for name, (heads, ffn, layers) in _SHAPES.items()
     }
-    lesson = teaching.lesson(
-        recipe, None, run / "teacher/hf", run / "signals", run / "data", None, None
-    )
+    lesson = teaching.hard_labels() if hard else teaching.lesson(recipe, None, places_of(run))
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
-    state = sort_units(teacher.state_dict(), axes, scores.units)
-    setting = Setting(teacher.config, axes, state, shapes, lesson, task.rows("train"))
-    return setting, task
+    state = dict(teacher.state_dict())
+    if is_sorted:
+        state = dict(sort_units(state, axes, scores.units))
+    return Setting(teacher.config, axes, state, shapes, lesson, task.rows("train"))
+
+
+def rows_of(run: Path, split: str) -> Rows:
+    recipe, _ = load_recipe(run)
+    return open_task(recipe, run / "data").rows(split)
+
+
+Found = dict[str, float]  # by size
 
 
 @torch.inference_mode()
-def accuracy(family: Family, rows: Rows) -> dict[str, float]:
-    """Of each size, %."""
-    found = {}
+def accuracy(family: Family, rows: Rows, far: np.ndarray | None = None) -> tuple[Found, str]:
+    """Of each size, %. Of the far rows as a text, and the loss on them."""
+    found, of_far = {}, []
     for name, size in family.sizes.items():
-        right = sum(
-            int((size.model(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
-            for batch in rows.batches(64)
-        )
-        found[name] = 100 * right / len(rows)
-    return found
+        rights, losses = [], []
+        for batch in rows.batches(64):
+            logits = size.model(**batch.inputs).logits
+            rights.append(logits.argmax(-1) == batch.labels)
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+            losses.append(loss)
+        right, loss = torch.cat(rights).numpy(), torch.cat(losses).numpy()
+        found[name] = 100 * float(right.mean())
+        if far is not None:
+            of_far.append((100 * float(right[far].mean()), float(loss[far].mean())))
+    listed = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+    said = f"{listed}  mean {statistics.mean(found.values()):.2f} %"
+    if far is not None:
+        means = [statistics.mean(column) for column in zip(*of_far, strict=True)]
+        each = "  ".join(f"{right:.1f} {loss:.3f}" for right, loss in of_far)
+        said += f"; far {each}  mean {means[0]:.2f} % {means[1]:.3f} nats"
+    return found, said
+
+
+def far_half(rows: Rows, train_rows: Rows) -> np.ndarray:
+    """Which rows have their nearest training row further away than the median of all. (N,) bool"""
+    postings: dict[int, list[int]] = {}
+    for at, tokens in enumerate(train_rows.tokens):
+        for token in {*tokens.tolist()}:
+            postings.setdefault(token, []).append(at)
+    count = len(train_rows)
+    idf = {token: np.log((count + 1) / len(at)) for token, at in postings.items()}
+    norm = np.array([sum(idf[t] ** 2 for t in {*tokens.tolist()}) for tokens in train_rows.tokens])
+    nearest = []
+    for tokens in rows.tokens:
+        dots, own = np.zeros(count), 0.0
+        for token in {*tokens.tolist()}:
+            weight = idf.get(token, np.log(count + 1))
+            own += weight**2
+            dots[postings.get(token, [])] += weight**2
+        nearest.append((dots / np.sqrt(norm * own + 1e-9)).max())
+    return np.array(nearest) < np.median(nearest)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run of the quickstart recipe")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cost", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--cost", type=float, nargs="*", default=[0.25, 0.5, 1.0])
     parser.add_argument("--epochs", type=float, default=1.0, help="of each dedicated student")
-    parser.add_argument("--rows", type=int, help="test rows")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--rows", type=int, help="of the split")
     parser.add_argument("--quick", action="store_true", help="0.1 epochs, 500 rows, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--dedicated", type=float, nargs=5, metavar="RATE",
+                        default=[*_DEDICATED_RATE.values()])  # fmt: skip
+    parser.add_argument("--what", nargs="+", choices=_WHAT, default=_WHAT)
+    parser.add_argument("--policy", choices=("one", "sandwich", "all"), default="one")
+    parser.add_argument("--rate", type=float, default=_RATE, help="of the family's largest")
+    parser.add_argument("--rates", type=float, metavar="POWER", help="of 1 / work; 0: all alike")
+    parser.add_argument("--shares", type=float, default=0.0, metavar="POWER", help="of the cost")
+    parser.add_argument("--late", type=float, metavar="POWER", help="shares from --switch on")
+    parser.add_argument("--switch", type=float, default=0.7, help="part of the steps")
+    parser.add_argument("--unsorted", action="store_true", help="prefixes of the unsorted teacher")
+    parser.add_argument("--hard", action="store_true", help="hard labels alone")
     options = parser.parse_args()
     if options.quick:
         options.epochs, options.rows, options.seeds = 0.1, 500, 1
     with patch.object(cores, "cores", return_value=1):  # CPU seconds of one thread
         results = compared(options)
-    out = report(results)
-    if options.json:
-        options.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    report(summary(results))
 
 
-Results = dict[str, list[dict[str, float]]]  # 'dedicated', 'elastic 0.5' -> by seed, by size
+Results = dict[str, list[Found]]  # 'dedicated', 'random', 'elastic 0.5' -> by seed
 
 
 def compared(options: argparse.Namespace) -> Results:
-    setting, task = prepared(options.run)
-    rows = task.rows("test").sample(options.rows, seed=0)
-    steps = round(options.epochs * len(setting.rows) / setting.lesson["spec"].batch_size)
-    print(f"dedicated students: {steps} steps each; n = {len(rows):,} test rows")
+    setting = prepared(options.run, is_sorted=not options.unsorted, hard=options.hard)
+    names = "".join(setting.shapes)
+    rows = rows_of(options.run, options.split)
+    rows = rows.sample(options.rows, seed=0)
+    far = far_half(rows, setting.rows) if options.split == "validation" else None
+    steps = round(options.epochs * len(setting.rows) / setting.batch_size)
+    rates = dict(zip(names, options.dedicated, strict=True))
+    print(f"dedicated students: {steps} steps each; n = {len(rows):,} {options.split} rows")
     results: Results = {}
+
+    def students(what: str, start: Setting, seed: int) -> Found:
+        """CPU seconds."""
+        seconds, alone, said = {}, {}, []
+        for name in names:
+            one = start.family(name)
+            seconds[name] = start.trained(one, steps, rates[name], seed, Sampling())
+            found, text = accuracy(one, rows, far)
+            alone |= found
+            said.append(text)
+        results.setdefault(what, []).append(alone)
+        mean = statistics.mean(alone.values())
+        each = "  ".join(f"{name} {value:.2f}" for name, value in alone.items())
+        taken = f"{sum(seconds.values()):.0f} CPU s"
+        print(f"seed {seed}, {what}: {each}  mean {mean:.2f} %; {taken}", flush=True)
+        if far is not None:
+            print("  " + "\n  ".join(said))
+        return seconds
+
     for seed in range(options.seeds):
-        seconds, alone = {}, {}
-        for name in setting.shapes:
-            one = setting.family(name)
-            seconds[name] = setting.trained(one, steps, _DEDICATED_RATE[name], seed, Sampling())
-            alone |= accuracy(one, rows)
+        if "dedicated" in options.what:
+            seconds = students("dedicated", setting, seed)
+        else:
+            seconds = {
+                name: setting.trained(setting.family(name), 16, 1e-9, seed, Sampling()) / 16 * steps
+                for name in names
+            }
         whole = sum(seconds.values())
-        results.setdefault("dedicated", []).append(alone)
-        say(seed, "dedicated", alone, f"{whole:.0f} CPU s")
-        # as often as the square root of the cost is small: between equal steps and equal cost
-        shares = {name: (whole / cost) ** 0.5 for name, cost in seconds.items()}
-        pilot = setting.family("".join(setting.shapes))
-        sampling = Sampling(policy="one", shares=shares, rates=_RATES)
-        mean = setting.trained(pilot, _PILOT, _RATE, seed, sampling) / _PILOT
-        for cost in options.cost:
-            family = setting.family("".join(setting.shapes))
-            taken = setting.trained(family, round(cost * whole / mean), _RATE, seed, sampling)
-            found = accuracy(family, rows)
+        sampling = sampling_of(options, setting.family(names), seconds)
+        pilot = setting.family(names)
+        mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
+        for cost in options.cost if "elastic" in options.what else ():
+            family, count = setting.family(names), round(cost * whole / mean)
+            taken = setting.trained(family, count, options.rate, seed, sampling)
+            found, text = accuracy(family, rows, far)
             results.setdefault(f"elastic {cost:g}", []).append(found)
-            say(seed, f"elastic {cost:g}", found,
-                f"{taken:.0f} CPU s, {taken / whole:.2f} of the five")  # fmt: skip
+            print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
+                  f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
+        if "random" in options.what:
+            students("random", setting.from_random_weights(seed), seed)
+        if options.json:
+            text = json.dumps(summary(results), indent=1)
+            options.json.write_text(text + "\n", encoding="utf-8")
     return results
 
 
-def say(seed: int, what: str, found: Mapping[str, float], cost: str) -> None:
-    listed = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
-    mean = statistics.mean(found.values())
-    print(f"seed {seed}, {what}: {listed}  mean {mean:.2f} %; {cost}", flush=True)
+def sampling_of(
+    options: argparse.Namespace, family: Family, seconds: Mapping[str, float]
+) -> Sampling:
+    late = {n: s**options.late for n, s in seconds.items()} if options.late is not None else {}
+    rates = None
+    if options.rates is not None:
+        most = max(size.work for size in family.sizes.values())
+        rates = {n: (most / s.work) ** options.rates for n, s in family.sizes.items()}
+    return Sampling(
+        policy=options.policy, shares={n: s**options.shares for n, s in seconds.items()},
+        late_shares=late, switch=options.switch, rates=rates,
+    )  # fmt: skip
 
 
-def report(results: Results) -> list[dict[str, Any]]:
+def summary(results: Results) -> list[dict[str, Any]]:
+    """A row for each setting and size, worst first."""
     out = []
-    alone = results["dedicated"]
-    for what, by_seed in results.items():
-        if what == "dedicated":
-            continue
-        print(f"\n{what} of the cost: difference from the dedicated student, points, worst first")
+    alone = results.get("dedicated", [])
+    for what, by_seed in results.items() if alone else ():
         rows = []
-        for name in _SHAPES:
+        for name in alone[0] if what != "dedicated" else ():
             over = [ours[name] - theirs[name] for ours, theirs in zip(by_seed, alone, strict=True)]
-            ours = statistics.mean(found[name] for found in by_seed)
-            theirs = statistics.mean(found[name] for found in alone)
-            rows.append((statistics.mean(over), min(over), max(over), name, ours, theirs))
-        for mean, least, most, name, ours, theirs in sorted(rows):
-            print(f"{name}  {mean:+6.2f} ({least:+.2f} to {most:+.2f})  {ours:.2f} %, alone "
-                  f"{theirs:.2f} %")  # fmt: skip
-            out.append({"measure": "accuracy", "setting": f"{what}, size {name}", "ours": ours,
-                        "other": theirs, "other_name": "dedicated", "ratio": ours / theirs,
-                        "unit": "%", "n": len(by_seed)})  # fmt: skip
-        print(f"mean {statistics.mean(row[0] for row in rows):+.2f}")
+            ours, theirs = (statistics.mean(f[name] for f in found) for found in (by_seed, alone))
+            rows.append({"measure": "accuracy", "setting": f"{what}, size {name}", "ours": ours,
+                         "other": theirs, "other_name": "dedicated", "ratio": ours / theirs,
+                         "unit": "%", "n": len(over), "over": over})  # fmt: skip
+        out += sorted(rows, key=lambda row: row["ours"] - row["other"])
     return out
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    for what, of_setting in itertools.groupby(rows, lambda row: row["setting"].split(",")[0]):
+        print(f"\n{what}: difference from the dedicated student, points, worst first")
+        means = []
+        for row in of_setting:
+            over = row["over"]
+            means.append(statistics.mean(over))
+            print(f"{row['setting'][-1]}  {means[-1]:+6.2f} ({min(over):+.2f} to {max(over):+.2f})"
+                  f"  {row['ours']:.2f} %, alone {row['other']:.2f} %")  # fmt: skip
+        print(f"mean {statistics.mean(means):+.2f}")
 
 
 if __name__ == "__main__":

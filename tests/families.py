@@ -1,6 +1,7 @@
 """Tiny configs of many architectures, and what of each can be cut: a row says all there is to say.
 
-`proved` are names of axes, `refused` those whose refusal matters, with a word of the reason.
+`proved` are the names of all axes that are proved, no more and no fewer; `refused` those whose
+refusal matters, with a word of the reason.
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ TEXT = {**SIZES, **TOKENS, "vocab_size": 99, "max_position_embeddings": 40}
 GROUPED = {**TEXT, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 OWN = {**GROUPED, "head_dim": 8}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 5}
+TOWERS = {
+    "text_config": {**TEXT, "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
+    "vision_config": {**SIZES, "intermediate_size": 40, "image_size": 16, "patch_size": 4},
+}
+SIGLIP = {**TOWERS, "text_config": TEXT}
+EXPERTS = {"experts_implementation": "eager"}  # the fused kernel wants widths of 16 bytes
 LM = "ForCausalLM"
 CLS = "ForSequenceClassification"
 BERT = "hidden heads ffn layers vocab"
@@ -117,7 +124,7 @@ FAMILIES = {
     "DINOv2-swiglu": Family(
         "Dinov2ForImageClassification",
         hf.Dinov2Config(hidden_size=48, num_attention_heads=4, num_hidden_layers=3, mlp_ratio=4,
-                        use_swiglu_ffn=True, **IMAGE), "hidden ffn layers"),
+                        use_swiglu_ffn=True, **IMAGE), "hidden heads ffn layers"),
     "Swin": Family("SwinForImageClassification",
                    hf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2],
                                  num_heads=[2, 4], window_size=4, num_labels=5),
@@ -125,8 +132,8 @@ FAMILIES = {
     "PoolFormer": Family("PoolFormerForImageClassification",
                          hf.PoolFormerConfig(hidden_sizes=[16, 24, 32, 40], depths=[2, 2, 1, 1],
                                              num_labels=5),
-                         "hidden_sizes[0] hidden_sizes[1] hidden_sizes[3] mlp_ratio "
-                         "depths[0] depths[1]"),
+                         "hidden_sizes[0] hidden_sizes[1] hidden_sizes[2] hidden_sizes[3] ffn "
+                         "depths[0] depths[1]", {"depths[2]": "one layer only"}),
     "ResNet-bottleneck": Family(
         "ResNetForImageClassification",
         hf.ResNetConfig(embedding_size=12, hidden_sizes=[16, 32], depths=[2, 2], num_labels=5,
@@ -149,28 +156,62 @@ FAMILIES = {
         "hidden_sizes[0] hidden_sizes[1] embedding_size depths[0] depths[1]"),
     "ConvNeXt": Family("ConvNextForImageClassification",
                        hf.ConvNextConfig(hidden_sizes=[16, 24], depths=[2, 2], num_stages=2,
-                                         num_labels=5, layer_scale_init_value=0.1),
+                                         image_size=32, num_labels=5,
+                                         layer_scale_init_value=0.1),
                        "hidden_sizes[0] hidden_sizes[1] depths[0] depths[1]"),
+    "MobileNetV2": Family(
+        "MobileNetV2ForImageClassification",
+        hf.MobileNetV2Config(image_size=32, depth_multiplier=0.5, depth_divisible_by=2,
+                             min_depth=2, expand_ratio=2.0, num_labels=5),
+        "depth_multiplier expand_ratio"),
     "EfficientNet": Family(
         "EfficientNetForImageClassification",
         hf.EfficientNetConfig(
             width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, image_size=32,
-            in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3], strides=[1, 2],
+            in_channels=[32, 16], out_channels=[16, 32], kernel_sizes=[3, 3], strides=[1, 2],
             num_block_repeats=[2, 2], expand_ratios=[2, 3], depthwise_padding=[], num_labels=5),
-        "expand_ratios[1]"),
+        # All stages' blocks stand in one list, so a stage's layers have no numbers of their own.
+        "width_coefficient in_channels[1] out_channels[1] expand_ratios[1] "
+        "squeeze_expansion_ratio", {"num_block_repeats[1]": "which parameters there are"}),
     "Wav2Vec2": Family(
         "Wav2Vec2ForSequenceClassification",
         hf.Wav2Vec2Config(**SIZES, vocab_size=32, conv_dim=[16, 24], conv_stride=[5, 4],
                           conv_kernel=[10, 8], num_feat_extract_layers=2, num_labels=5,
                           num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4,
                           classifier_proj_size=20),
-        "hidden heads ffn layers conv_dim[0] conv_dim[1]"),
+        "hidden heads ffn layers conv_dim[0] conv_dim[1] classifier_proj_size"),
     "Whisper": Family(
         "WhisperForConditionalGeneration",
         hf.WhisperConfig(d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
                          decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40,
                          vocab_size=99, num_mel_bins=8, max_source_positions=20,
                          max_target_positions=30, decoder_start_token_id=2, **TOKENS), BART),
+    "CLIP": Family("CLIPModel", hf.CLIPConfig(**TOWERS, projection_dim=20),
+                   "text_config.hidden_size text_config.num_attention_heads "
+                   "text_config.intermediate_size text_config.num_hidden_layers "
+                   "vision_config.hidden_size vision_config.num_attention_heads "
+                   "vision_config.intermediate_size vision_config.num_hidden_layers "
+                   "projection_dim", {"vocab": "under other ids"}),  # it reads at the largest id
+    "SigLIP": Family("SiglipModel", hf.SiglipConfig(**SIGLIP),
+                     "text_config.hidden_size text_config.num_attention_heads ffn vocab "
+                     "text_config.projection_size vision_config.num_attention_heads "
+                     "vision_config.intermediate_size text_config.num_hidden_layers "
+                     "vision_config.num_hidden_layers"),
+    "Mixtral": Family("Mixtral" + LM, hf.MixtralConfig(**OWN, **EXPERTS, num_local_experts=4),
+                      LLAMA, {"num_local_experts": "only in units of several"}),
+    "Qwen3-MoE": Family("Qwen3Moe" + LM,
+                        hf.Qwen3MoeConfig(**OWN, **EXPERTS, num_experts=4, num_experts_per_tok=2,
+                                          moe_intermediate_size=24),
+                        LLAMA, {"num_local_experts": "only in units of several"}),
+    "Mamba": Family("Mamba" + LM,
+                    hf.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=8,
+                                   vocab_size=99, **TOKENS),
+                    "hidden intermediate_size state_size layers vocab"),
+    "Mamba2": Family("Mamba2" + LM,
+                     hf.Mamba2Config(hidden_size=32, num_hidden_layers=3, state_size=8,
+                                     num_heads=8, head_dim=8, n_groups=2, chunk_size=4,
+                                     vocab_size=99, **TOKENS), "layers vocab",
+                     {"hidden_size": "no layout", "num_heads": "no layout"}),  # [x | B | C]
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from limbeck.report import (
     Capability,
     Environment,
     Fidelity,
+    FrontierPoint,
     Latency,
     Parity,
     Quality,
@@ -22,6 +23,7 @@ from limbeck.report import (
     StudentEntry,
     TeacherEntry,
     TrainingPoint,
+    UnitImportance,
 )  # fmt: skip
 
 EVIL = "<script>alert(1)</script> | \"quoted\" 'single' `tick` [a](b) *x*"
@@ -152,8 +154,42 @@ def make_report(
         },
         labels=tuple(labels),
         layer_importance=None if bare else (1.0, 0.71, 0.55, 0.48, 0.62, 0.93),
+        unit_importance=() if bare else unit_importance(),
+        frontier=() if bare else frontier(students),
         warnings=() if bare else ("The teacher was tuned for two epochs; more would raise it.",),
     )  # fmt: skip
+
+
+def unit_importance() -> tuple[UnitImportance, ...]:
+    draw, found = random.Random(5), []
+    for axis, units, groups in (("hidden", 384, 1), ("heads", 12, 6), ("ffn", 1536, 6)):
+        for at in range(groups):
+            shares = sorted((draw.random() ** 3 for _ in range(units)), reverse=True)
+            whole = sum(shares)
+            running = [sum(shares[: round(k * units / 20)]) / whole for k in range(21)]
+            few = tuple(draw.sample([s / whole for s in shares], units)) if units < 64 else None
+            found.append(
+                UnitImportance(
+                    axis=axis, group=axis if groups == 1 else f"{axis}.{at}", units=units,
+                    cumulative=tuple(running), by_unit=few, total=1 + draw.random(),
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def frontier(students: tuple[StudentEntry, ...]) -> tuple[FrontierPoint, ...]:
+    """The students, and two shapes below each."""
+    found = []
+    for student in students:
+        for part, name in ((1.0, student.name), (0.93, None), (0.86, None)):
+            found.append(
+                FrontierPoint(
+                    name=name, trained=name is not None, shape=student.shape,
+                    params=round(student.params * part), size_mb=student.params * part / 1e6,
+                    quality=0.79 - 0.4 * (1 - part), loss=0.7, n=512,
+                )
+            )  # fmt: skip
+    return tuple(found)
 
 
 CASES = {

@@ -24,6 +24,7 @@ from limbeck.architecture.cut import (
     student_config,
     usable,
 )
+from limbeck.architecture.fields import ratio_of
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof_layers import skipped
@@ -276,3 +277,11 @@ def test_a_model_without_layers_has_none_to_choose():
     with pytest.raises(AxisError, match="no layers"):
         cut({}, [axis], Shape({}, (0,)))
     assert find_axis([axis], "layers") is None
+
+
+def test_a_ratio_gives_the_width_it_was_made_from():
+    """Code takes int(ratio * width): 29 of 100 would be 28."""
+    assert int(29 / 100 * 100) == 28
+    for width in (24, 96, 100, 384):
+        for kept in range(1, width):
+            assert int(ratio_of(kept / width) * width) == kept

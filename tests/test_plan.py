@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.architecture.cut import build_student, full_shape, shape_parameters
-from limbeck.architecture.plan import Candidate, LatencyModel, candidates, plan_student, score
+from limbeck.architecture.plan import (
+    Candidate,
+    CostModel,
+    Sample,
+    candidates,
+    plan_student,
+    score,
+)
 from limbeck.errors import RecipeError
 from limbeck.recipe import BudgetSpec, StudentSpec
 from limbeck.types import Shape
@@ -38,8 +45,12 @@ def plan(measure=never, format="hf", **budget):
     student = StudentSpec(name="s", budget=BudgetSpec(**budget))
     return plan_student(
         student, "budget", space(format), bert_axes(), lambda n: tuple(range(n)),
-        LatencyModel(measure),
+        CostModel(timed(measure)), watts=2.0,
     )  # fmt: skip
+
+
+def timed(measure, memory=lambda c: 1 + 200 * c.size_bytes / 1e6):
+    return lambda c: Sample(measure(c), memory(c))
 
 
 def score_of(planned) -> float:
@@ -188,24 +199,26 @@ def test_the_latency_model_finds_the_law_that_it_is_shown(law, chosen):
     def measure(c: Candidate) -> float:
         return base + c.num_layers * (layer + work * c.matrix_params_per_layer / 1e6)
 
-    model = LatencyModel(measure)
+    model = CostModel(timed(measure))
     for at in chosen:
-        assert model.measure(space()[at]) == model.predict(space()[at]) == measure(space()[at])
+        assert model.measure(space()[at]) == model.predict(space()[at])
+        assert model.predict(space()[at]).latency_ms == measure(space()[at])
     rows = {(c.num_layers, c.matrix_params_per_layer) for c in (space()[at] for at in chosen)}
     design = np.array([[1, n, n * w / 1e6] for n, w in rows])
     if np.linalg.matrix_rank(design) == 3 and np.linalg.cond(design) < 1e4:
         for candidate in space()[::50]:
-            assert math.isclose(model.predict(candidate), measure(candidate), rel_tol=1e-3)
+            found = model.predict(candidate).latency_ms
+            assert math.isclose(found, measure(candidate), rel_tol=1e-3)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(space()) - 1), st.floats(1e-3, 1e3)), min_size=1))
 @settings(max_examples=60, deadline=None)
 def test_a_latency_is_never_predicted_negative_whatever_was_measured(measured):
     times = {space()[at].key: ms for at, ms in measured}
-    model = LatencyModel(lambda c: times[c.key])
+    model = CostModel(timed(lambda c: times[c.key]))
     for at, _ in measured:
         model.measure(space()[at])
-    assert all(model.predict(candidate) >= 0 for candidate in space())
+    assert all(model.predict(candidate).latency_ms >= 0 for candidate in space())
 
 
 def test_a_shape_is_timed_once():
@@ -215,8 +228,22 @@ def test_a_shape_is_timed_once():
         asked.append(candidate.key)
         return true_latency(candidate)
 
-    model = LatencyModel(measure)
+    model = CostModel(timed(measure))
     for ms in (3.0, 1.0, 3.0):
         student = StudentSpec(name="s", budget=BudgetSpec(latency_ms=ms))
         plan_student(student, "b", space(), bert_axes(), lambda n: tuple(range(n)), model)
     assert len(asked) == len({*asked}) <= 3 + 3 * 6
+
+
+def test_memory_and_energy_are_budgets_too():
+    whole = candidate_of(plan(true_latency, params=FULL))
+    memory = 1 + 200 * whole.size_bytes / 1e6
+    planned = candidate_of(plan(true_latency, memory_mb=0.98 * memory))
+    assert 1 + 200 * planned.size_bytes / 1e6 <= 0.98 * memory
+    assert planned.params < whole.params
+    by_energy = plan(true_latency, energy_mj=3.0)  # at 2 W
+    assert by_energy.shape == plan(true_latency, latency_ms=1.5).shape
+    assert true_latency(candidate_of(by_energy)) <= 1.5
+    with pytest.raises(RecipeError, match=r"^budget\.memory_mb: ") as caught:
+        plan(true_latency, memory_mb=1)
+    assert float(caught.value.allowed.split()[1]) > 1

@@ -111,7 +111,8 @@ def test_verdicts_tell_misses_by_how_much_and_lost_comparisons() -> None:
     found = verdicts(CASES["usual"])
     bad = [v.text for v in found if not v.ok]
     assert len(bad) == 2, bad
-    assert re.match(r"small misses its latency budget by 9\.8 %: 0\.494 ms, 0\.45 ms asked", bad[0])
+    said = r"small misses its latency budget by 9\.8 %: 0\.494 ms, at most 0\.45 ms asked"
+    assert re.match(said, bad[0])
     assert "medium does not beat the same model without a teacher" in bad[1]
     teacher = next(v for v in found if v.text.startswith("The teacher beats"))
     assert "by 2.3 points" in teacher.text and "intervals part" in teacher.text
@@ -200,7 +201,8 @@ def test_page_is_whole_and_reaches_for_nothing(report) -> None:
 
 def test_page_has_a_title_labels_and_a_table_for_every_chart() -> None:
     figures = re.findall(r"<figure>.*?</figure>", page(CASES["usual"]), re.S)
-    assert len(figures) == 2 + 5 + 2  # scatters, trained models, stages and layers
+    # scatters, frontier, trained models, importances, stages
+    assert len(figures) == 2 + 1 + 5 + 4 + 1
     for figure in figures:
         assert "<figcaption>" in figure and 'class="axis"' in figure
         assert "<title>" in figure and "<details>" in figure and "<table>" in figure
@@ -216,6 +218,27 @@ def test_missed_budget_and_lost_comparison_are_on_the_page() -> None:
     words = "".join(_Page(page(CASES["usual"])).words).replace("\u00a0", " ")
     assert "small misses its latency budget by 9.8 %" in words
     assert "medium does not beat" in words
+
+
+def test_units_and_the_shapes_between_are_drawn_and_named() -> None:
+    shown = page(CASES["usual"])
+    assert shown.count('class="cell"') == 6 * 12
+    assert shown.count('class="dot between"') == 6
+    assert "half of 1,536 units carry" in shown and "not trained" in shown
+    bare = page(CASES["bare"])
+    assert 'class="cell"' not in bare and "Between the sizes" not in bare
+
+
+def test_retention_is_a_budget_from_below() -> None:
+    kept = {"asked": {"retention": 0.97}, "measured": {"retention": 0.98}}
+    assert BudgetEntry.of(kept["asked"], kept["measured"]).met
+    assert not BudgetEntry.of(kept["asked"], {"retention": 0.96}).met
+    usual = CASES["usual"]
+    entry = BudgetEntry.of(kept["asked"], {"retention": 0.9603})
+    student = usual.students[0].model_copy(update={"budget": entry})
+    (verdict, *_) = verdicts(usual.model_copy(update={"students": (student,)}))
+    assert not verdict.ok
+    assert "misses its retention budget by 1.0 %: 96.03 %, at least 97.00 % asked" in verdict.text
 
 
 def test_unmeasured_latency_is_said_not_drawn() -> None:
@@ -273,13 +296,13 @@ def test_labels_of_twelve_students_cover_no_other_label() -> None:
     drawings = re.findall(
         rf'<svg viewBox="0 0 {WIDTH} {HEIGHT}".*?</svg>', page(CASES["twelve students"])
     )
-    assert len(drawings) == 2
-    for drawing in drawings:
+    assert len(drawings) == 3
+    for drawing, models in zip(drawings, (13, 13, 12), strict=True):  # the last has no teacher
         labels = re.findall(
             r'<text class="name[^"]*" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)',
             drawing,
         )
-        assert len(labels) == 13
+        assert len(labels) == models
         boxes: list[Box] = []
         for x, y, anchor, words in labels:
             wide = 8.0 * len(words)  # of a bold letter at 15 px, on a phone

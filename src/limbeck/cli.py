@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     for flag, kind, help in (
         ("params", int, "parameters at most"), ("size-mb", float, "MB of the file at most"),
         ("latency-ms", float, "median ms of a batch-1 call at most"),
+        ("memory-mb", float, "MB of memory at most, while it runs"),
+        ("energy-mj", float, "mJ of a batch-1 call at most (the recipe's measure.watts x latency)"),
+        ("retention", float, "share of the teacher's quality at least, such as 0.97"),
     ):  # fmt: skip
         scaled.add_argument(f"--{flag}", type=kind, metavar="X", help=help)
     measured = verb("axes", _axes, "show what of a model can be cut, proved on its weights")
@@ -103,7 +106,7 @@ def _distill(arguments: argparse.Namespace) -> None:
 def _scale(arguments: argparse.Namespace) -> None:
     from limbeck import _api
 
-    keys = ("params", "size_mb", "latency_ms")
+    keys = ("params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention")
     given = {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
     with _terminal() as progress:
         report = _api.scale(

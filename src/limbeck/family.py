@@ -69,6 +69,14 @@ class Size:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
+    @property
+    def work(self) -> int:
+        """Weights that each position is multiplied with: matrices, but not tables of embeddings
+        that are looked up only. What a size costs grows with it, slower than in proportion."""
+        modules = (m for m in self.model.modules() if not isinstance(m, nn.Embedding))
+        found = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+        return sum(p.numel() for p in found.values() if p.dim() > 1)
+
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
         """Before a forward, where the weights may have changed."""
         with torch.no_grad():

@@ -29,6 +29,7 @@ from limbeck.report import (
     StudentEntry,
     TeacherEntry,
     TrainingPoint,
+    UnitImportance,
 )
 from limbeck.run import Made, Run, write_text
 
@@ -80,6 +81,7 @@ def assemble(
         labels=tuple(about["labels"]),
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
+        unit_importance=tuple(map(UnitImportance.model_validate, survey["unit_importance"])),
         warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )
 
@@ -120,7 +122,11 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         "params": found["params"],
         "size_mb": main.size_bytes / 1e6,
         "latency_ms": main.latency_ms.median if main.latency_ms else None,
+        "memory_mb": main.peak_memory_bytes / 1e6 if main.peak_memory_bytes else None,
+        "retention": compared["retention"]["value"] if compared["retention"] else None,
     }
+    watts, latency = recipe.measure.watts, measured["latency_ms"]
+    measured["energy_mj"] = watts * latency if watts and latency else None
     asked: dict[Any, Any] = recipe.student(member.name).budget.model_dump(exclude_none=True)
     return StudentEntry(
         name=member.name,
@@ -129,7 +135,10 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         artifacts=artifacts,
         shape=ShapeEntry.of(plan["shape"]["sizes"], tuple(plan["shape"]["layers"])),
         reason=plan["reason"] + _temperature(member.tried) + _layers(member),
-        budget=BudgetEntry.of(asked, {key: measured[key] for key in asked}),
+        budget=BudgetEntry.of(
+            asked, {key: measured[key] for key in asked},
+            {key: value for key, value in _predicted(plan["cost"], watts).items() if key in asked},
+        ),
         retention=Retention.model_validate(compared["retention"])
         if compared["retention"]
         else None,
@@ -138,6 +147,15 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )
+
+
+def _predicted(cost: Mapping[str, Any], watts: float | None) -> dict[Any, Any]:
+    latency = cost["latency_ms"]
+    found = {
+        "params": cost["params"], "size_mb": cost["size_bytes"] / 1e6, "latency_ms": latency,
+        "memory_mb": cost["memory_mb"], "energy_mj": watts * latency if watts and latency else None,
+    }  # fmt: skip
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _artifacts(run: Run, member: Member) -> tuple[Artifact, ...]:
@@ -193,7 +211,7 @@ def _frontier(made: Made | None, family: Mapping[str, Member]) -> tuple[Frontier
             params=entry["params"], size_mb=entry["size_bytes"] / 1e6, quality=entry["accuracy"],
             loss=entry["loss"], n=entry["n"],
         )
-        for entry in made.json("frontier.json")
+        for entry in made.json("frontier.json")["shapes"]
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from limbeck.lazily import evaluation, stages, teaching
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.run import Made, Run
+from limbeck.types import Places
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,15 @@ class Ground:
     data: Made
     teacher: Made
     signals: Made
-    space: Made
+    base: Made  # what they are cut from: the teacher, unless the recipe names another
+    space: Made  # of the base
+
+    @property
+    def places(self) -> Places:
+        return Places(
+            data=self.data.folder, teacher=self.teacher.folder, signals=self.signals.folder,
+            base=self.base.folder, space=self.space.folder,
+        )  # fmt: skip
 
 
 class Taught:
@@ -34,12 +43,13 @@ class Taught:
         self.student, self.plan, self.ground, self.features = student, plan, ground, features
         self.training = recipe.training_of(student)
         self.start = [
-            plan.json("plan.json")["shape"], ground.teacher.digest, ground.space.digest,
+            plan.json("plan.json")["shape"], ground.base.digest, ground.space.digest,
             ground.data.digest, recipe.seed, recipe.task,
         ]  # fmt: skip
         soft = recipe.distill.model_dump(exclude={"training", "run"})
         stored = features.digest if features else None
-        self.inputs = [*self.start, self.training, soft, ground.signals.digest, stored]
+        taught = [ground.teacher.digest, ground.signals.digest, stored]
+        self.inputs = [*self.start, self.training, soft, *taught]
 
     def shape(self) -> Any:
         return stages.read_plan(self.plan.folder).shape
@@ -52,8 +62,7 @@ class Taught:
         return self.run.stage(
             f"students/{self.student.name}/temperature", self.inputs,
             lambda at: teaching.choose_temperature(
-                at, recipe, self.student, self.shape(), ground.teacher.folder, ground.space.folder,
-                ground.signals.folder, ground.data.folder, self.progress,
+                at, recipe, self.student, self.shape(), ground.places, self.progress,
                 features=self.features.folder if self.features else None,
             ),
         )  # fmt: skip
@@ -62,7 +71,7 @@ class Taught:
         chosen = tried.json("temperature.json")["chosen"] if tried else None
         return self.run.stage(
             f"students/{self.student.name}/hf", [*self.inputs, chosen],
-            partial(self._train, signals=True, start="prefix", temperature=chosen),
+            partial(self._train, taught=True, start="prefix", temperature=chosen),
         )
 
     def baselines(self) -> dict[str, Made]:
@@ -70,22 +79,19 @@ class Taught:
         found = {
             "untaught": self._held_against(
                 "untaught", self.start,
-                lambda at: teaching.untaught(
-                    at, recipe, self.shape(), ground.teacher.folder, ground.space.folder,
-                    ground.data.folder,
-                ),
+                lambda at: teaching.untaught(at, recipe, self.shape(), ground.places),
             )
-        }  # fmt: skip
+        }
         for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
             found[name] = self._held_against(
                 name, [*self.start, self.training, start],
-                partial(self._train, signals=False, start=start),
+                partial(self._train, taught=False, start=start),
             )
         return found
 
     def dedicated(self) -> Made:
         """Alone, where the student itself comes from an elastic run."""
-        make = partial(self._train, signals=True, start="prefix")
+        make = partial(self._train, taught=True, start="prefix")
         return self._held_against("dedicated", self.inputs, make)
 
     def _held_against(self, name: str, inputs: list[Any], make: Any) -> Made:
@@ -108,12 +114,10 @@ class Taught:
         )  # fmt: skip
 
     def _train(
-        self, at: Path, *, signals: bool, start: str, temperature: float | None = None
+        self, at: Path, *, taught: bool, start: str, temperature: float | None = None
     ) -> None:
-        ground = self.ground
         teaching.distil(
-            at, self.recipe, self.student, self.shape(), ground.teacher.folder,
-            ground.space.folder, ground.signals.folder if signals else None, ground.data.folder,
-            self.progress, start=start, temperature=temperature,
+            at, self.recipe, self.student, self.shape(), self.ground.places, self.progress,
+            taught=taught, start=start, temperature=temperature,
             features=self.features.folder if self.features else None,
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,31 @@ def read_config(folder: Path, *, where: str) -> PretrainedConfig:
             fix="add it; without it a batch of unequal texts has no meaning to this model",
         )  # fmt: skip
     return config
+
+
+def make_config(fields: Mapping[str, Any], *, where: str) -> PretrainedConfig:
+    """A config from its `model_type` and other fields.
+
+    Raises RecipeError for an architecture or a field that transformers does not know.
+    """
+    rest = dict(fields)
+    kind = rest.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind)
+    except ValueError:
+        near = difflib.get_close_matches(kind, _CLASSIFIERS, n=3)
+        raise RecipeError(
+            f"{where}.model_type", f"{kind!r}", allowed="a model_type of transformers",
+            fix=f"perhaps {', '.join(near)}" if near else "look it up in its config.json",
+        ) from None  # fmt: skip
+    unknown = sorted(name for name in rest if not hasattr(config, name))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], vars(config), n=3)
+        raise RecipeError(
+            f"{where}.{unknown[0]}", f"{type(config).__name__} has no such field",
+            allowed=", ".join(near) or "its own fields", fix="correct it, or leave it out",
+        )  # fmt: skip
+    return type(config)(**rest)
 
 
 def load_classifier(folder: Path, labels: Sequence[str], *, where: str) -> PreTrainedModel:

@@ -28,12 +28,15 @@ from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved
 from limbeck.sources import fetch
 
+_SURVEY = 2  # the format of what the stage `architecture` leaves
+
 
 @dataclass(frozen=True)
 class Sources:
     model: Fetched
     train: Fetched
     test: Fetched | None
+    base: Fetched | None
 
 
 def distill(
@@ -61,8 +64,9 @@ def distill(
         codec = still.codec(data)
         teacher = still.teacher(data)
         signals = still.signals(teacher, data, codec)
-        space = still.space(teacher, data)
-        ground = Ground(data, teacher, signals, space)
+        cut_from = still.base(teacher, data)
+        space = still.space(cut_from, data)
+        ground = Ground(data, teacher, signals, cut_from, space)
         plans = {s.name: still.plan(s, ground) for s in recipe.students if s.trained}
         features = still.features(ground, plans)
         together = still.together(ground, plans)
@@ -116,11 +120,12 @@ def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
             progress.say(label)
 
     get = partial(fetch, base=base, progress=show)
-    data = recipe.data
+    data, base_model = recipe.data, recipe.base.model if recipe.base else None
     return Sources(
         model=get(recipe.teacher.model, where="recipe.teacher.model", kind="model"),
         train=get(data.train, where="recipe.data.train", kind="data"),
         test=get(data.test, where="recipe.data.test", kind="data") if data.test else None,
+        base=get(base_model, where="recipe.base.model", kind="model") if base_model else None,
     )
 
 
@@ -148,11 +153,14 @@ class _Still:
         return self.run.stage("data", inputs, make)
 
     def budgets(self, data: Made) -> Made:
-        recipe, model = self.recipe, self.sources.model
+        recipe, model, base = self.recipe, self.sources.model, self.sources.base
         budgets = [[student.name, student.budget] for student in recipe.students if student.trained]
         return self.run.stage(
-            "budgets", [data.digest, model.sha256, budgets, recipe.task, recipe.export.primary],
-            lambda at: stages.check_budgets(at, recipe, model.path, data.folder),
+            "budgets",
+            [data.digest, model.sha256, budgets, recipe.task, recipe.export.primary, recipe.base],
+            lambda at: stages.check_budgets(
+                at, recipe, model.path, base and base.path, data.folder
+            ),
         )  # fmt: skip
 
     def teacher(self, data: Made) -> Made:
@@ -186,11 +194,24 @@ class _Still:
             ),
         )  # fmt: skip
 
-    def space(self, teacher: Made, data: Made) -> Made:
+    def base(self, teacher: Made, data: Made) -> Made:
+        """What students are cut from."""
+        recipe, model = self.recipe, self.sources.base
+        if recipe.base is None:
+            return teacher
+        inputs = [teacher.digest, data.digest, recipe.base.config, model and model.sha256]
         return self.run.stage(
-            "architecture", [teacher.digest, data.digest, self.recipe.seed],
+            "base/hf", [*inputs, recipe.seed, recipe.task],
+            lambda at: stages.make_base(
+                at, recipe, teacher.folder, model and model.path, data.folder
+            ),
+        )  # fmt: skip
+
+    def space(self, base: Made, data: Made) -> Made:
+        return self.run.stage(
+            "architecture", [_SURVEY, base.digest, data.digest, self.recipe.seed],
             lambda at: stages.survey(
-                at, self.recipe, teacher.folder, data.folder, self.progress
+                at, self.recipe, base.folder, data.folder, self.progress
             ),
         )  # fmt: skip
 
@@ -211,15 +232,14 @@ class _Still:
     def _for_plan(self, student: StudentSpec, space: Made) -> list[Any]:
         recipe = self.recipe
         inputs: list[Any] = [space.digest, student.budget, recipe.export.primary]
-        return [*inputs, recipe.task, recipe.measure] if student.budget.latency_ms else inputs
+        budget = student.budget
+        timed = budget.latency_ms or budget.energy_mj or budget.memory_mb
+        return [*inputs, recipe.task, recipe.measure] if timed else inputs
 
     def _planning(self, ground: Ground) -> Any:
         """One for all students: what was timed for one serves the next."""
         if self._planner is None:
-            self._planner = stages.Planner(
-                self.recipe, ground.teacher.folder, ground.space.folder, ground.data.folder,
-                self.progress,
-            )  # fmt: skip
+            self._planner = stages.Planner(self.recipe, ground.places, self.progress)
         return self._planner
 
     def features(self, ground: Ground, plans: Mapping[str, Made]) -> Made | None:
@@ -232,12 +252,13 @@ class _Still:
             spec.embedding and spec.embedding.dtype,
         ]
         shapes = {name: plan.json("plan.json")["shape"] for name, plan in plans.items()}
-        inputs = [ground.teacher.digest, ground.data.digest, ground.space.digest, recipe.seed]
+        made = (ground.teacher, ground.base, ground.data, ground.space)
+        inputs = [*[one.digest for one in made], recipe.seed]
         return self.run.stage(
             "features", [*inputs, what, shapes],
             lambda at: teaching.store_features(
                 at, recipe, {n: stages.read_plan(p.folder).shape for n, p in plans.items()},
-                ground.teacher.folder, ground.space.folder, ground.data.folder, self.progress,
+                ground.places, self.progress,
             ),
         )  # fmt: skip
 
@@ -249,14 +270,14 @@ class _Still:
         found = {name: plan.json("plan.json") for name, plan in plans.items()}
         names = sorted(found, key=lambda name: (-found[name]["cost"]["params"], name))
         trainings = {name: recipe.training_of(recipe.student(name)) for name in names}
-        made = (ground.teacher, ground.space, ground.signals, ground.data)
+        made = (ground.teacher, ground.base, ground.space, ground.signals, ground.data)
         return self.run.stage(
             "family",
             [*[one.digest for one in made], recipe.seed, recipe.task, recipe.distill, trainings,
              {name: found[name]["shape"] for name in names}],
             lambda at: scaling.teach(
                 at, recipe, {n: stages.read_plan(plans[n].folder).shape for n in names},
-                *[one.folder for one in made], self.progress,
+                ground.places, self.progress,
             ),
         )  # fmt: skip
 
@@ -265,12 +286,11 @@ class _Still:
         if together is None:
             return None
         recipe = self.recipe
-        inputs = [together.digest, ground.teacher.digest, ground.space.digest, ground.data.digest]
+        inputs = [together.digest, ground.base.digest, ground.space.digest, ground.data.digest]
         return self.run.stage(
             "frontier", [*inputs, recipe.seed, recipe.export.primary],
             lambda at: scaling.look(
-                at, recipe, together.folder, ground.teacher.folder, ground.space.folder,
-                ground.data.folder, self.progress,
+                at, recipe, together.folder, ground.places, self.progress
             ),
         )  # fmt: skip
 
@@ -311,8 +331,7 @@ class _Still:
             model = self.run.stage(
                 f"{top}/hf", [together.digest, *taught.start],
                 lambda at: scaling.extract(
-                    at, recipe, taught.shape(), together.folder, ground.teacher.folder,
-                    ground.space.folder, ground.data.folder,
+                    at, recipe, taught.shape(), together.folder, ground.places
                 ),
             )  # fmt: skip
         member = self._measured(student.name, model, ground.data, recipe.export.primary)

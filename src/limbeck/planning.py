@@ -12,7 +12,7 @@ import torch
 
 from limbeck import stages
 from limbeck.architecture.cut import any_layers
-from limbeck.architecture.plan import Candidate, LatencyModel, plan_student
+from limbeck.architecture.plan import Candidate, CostModel, Sample, plan_student
 from limbeck.cores import cores, on_each
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
@@ -36,9 +36,13 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     ).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
     task, num_rows = outline(recipe, train)
-    config, axes = stages.untuned_axes(recipe, model_folder, task)
+    base_folder = None
+    if recipe.base is not None and recipe.base.model is not None:
+        where = "recipe.base.model"
+        base_folder = fetch(recipe.base.model, where=where, base=base, kind="model").path
+    config, axes = stages.untuned_axes(recipe, model_folder, base_folder, task)
 
-    def measure(candidate: Candidate) -> float:
+    def measure(candidate: Candidate) -> Sample:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         shape = Shape(candidate.sizes, any_layers(axes, candidate.num_layers))
         return stages.time_shape(recipe, task, config, axes, shape)
@@ -47,10 +51,13 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         return any_layers(axes, count)
 
     space = stages.space_of(task, config, axes, recipe.export.primary)
-    latency = LatencyModel(measure)
+    costs = CostModel(measure)
     students = tuple(
-        plan_student(s, f"recipe.students.{s.name}.budget", space, axes, spread, latency)
-        for s in recipe.students
+        plan_student(
+            s, f"recipe.students.{s.name}.budget", space, axes, spread, costs,
+            watts=recipe.measure.watts,
+        )
+        for s in recipe.students if s.trained
     )
     rows = _training_rows(recipe, num_rows)
     sizes = {"vocab_size": len(task.labels), "rows": rows, "positions": rows}

@@ -101,6 +101,24 @@ class TeacherSpec(Spec):
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
 
 
+class BaseSpec(Spec):
+    """Another architecture, or another model of the same, that students are cut from."""
+
+    model: Source | None = None
+    """A pretrained model, as `teacher.model`; text: with the teacher's own tokenizer."""
+    config: dict[str, Any] | None = None
+    """`model_type` and fields of a transformers config: the largest student there could be, with
+    random weights to start from. What the inputs need (`vocab_size`, say) is the teacher's."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("not one base: either `model` or `config`")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` names no architecture: `model_type: bert`, say")
+        return self
+
+
 class BudgetSpec(Spec):
     """Upper limits; a student must keep all that are given."""
 
@@ -109,12 +127,20 @@ class BudgetSpec(Spec):
     size_mb: float | None = Field(None, gt=0)
     """The primary format's file on disk, 10^6 bytes."""
     latency_ms: float | None = Field(None, gt=0)
-    """Median of one batch-1 call of the primary format, `task.max_tokens` tokens."""
+    """Median of one batch-1 call of the primary format, inputs of the largest size."""
+    memory_mb: float | None = Field(None, gt=0)
+    """Peak of a process that does nothing but run the primary format's file, 10^6 bytes."""
+    energy_mj: float | None = Field(None, gt=0)
+    """Of one batch-1 call, millijoules: `measure.watts` times its latency, an estimate."""
+    retention: float | None = Field(None, gt=0, le=1.5)
+    """At least this share of the teacher's quality, with as few parameters as that takes. Only of a
+    student that is cut from an elastic run (`trained: false`)."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if self.params is None and self.size_mb is None and self.latency_ms is None:
-            raise ValueError("an empty budget: one or more of params, size_mb, latency_ms")
+        if not self.model_dump(exclude_none=True):
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"an empty budget: one or more of {known}")
         return self
 
 
@@ -168,6 +194,8 @@ class ExportSpec(Spec):
 class MeasureSpec(Spec):
     threads: int = Field(1, ge=1)
     """CPU threads for latency, throughput and memory."""
+    watts: float | None = Field(None, gt=0)
+    """What the device draws while it runs a model, for budgets of energy."""
     latency_runs: int = Field(100, ge=10)
     """Timed batch-1 calls."""
     secondary_rows: int | None = Field(None, ge=1)
@@ -188,6 +216,8 @@ class Recipe(Spec):
     """What they learn it from, and what they are measured on."""
     teacher: TeacherSpec
     """The model that you have."""
+    base: BaseSpec | None = None
+    """What students are cut from. Left out: the teacher itself."""
     signals: SignalsSpec = SignalsSpec()
     """How what the teacher says is stored, once for all students."""
     distill: DistillSpec
@@ -230,6 +260,21 @@ class Recipe(Spec):
             raise ValueError(
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_can_be_kept(self) -> Self:
+        for student in self.students:
+            if student.budget.energy_mj is not None and self.measure.watts is None:
+                raise ValueError(
+                    f"`{student.name}` has a budget of energy, and nothing says what the device "
+                    "draws: `measure.watts`"
+                )
+            if student.budget.retention is not None and student.trained:
+                raise ValueError(
+                    f"`{student.name}` shall keep a share of the quality, which is known of "
+                    "students cut from an elastic run alone: `trained: false`, or another budget"
+                )
         return self
 
     def _check_elastic(self) -> None:

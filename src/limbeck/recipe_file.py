@@ -78,7 +78,10 @@ def rebase(recipe: Recipe, base: Path) -> Recipe:
     teacher = recipe.teacher.model_copy(
         update={"model": absolute(recipe.teacher.model, hub_id=True)}
     )
-    return recipe.model_copy(update={"data": data, "teacher": teacher})
+    other = recipe.base and recipe.base.model_copy(
+        update={"model": absolute(recipe.base.model, hub_id=True)}
+    )
+    return recipe.model_copy(update={"data": data, "teacher": teacher, "base": other})
 
 
 def fingerprint(*values: Any) -> str:

@@ -289,7 +289,8 @@ class DistillSpec(Spec):
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
     all; each step teaches one of them, as often as its own `epochs` say, and the smaller are the
-    first units of the larger. `limbeck scale` then cuts more of them without training."""
+    first units of the larger. `training.learning_rate` is the largest one's; smaller ones get more,
+    if they name none. `limbeck scale` then cuts more of them without training."""
     balance: Literal["fixed", "calibrated", "uncertainty", "upgrad"] = "fixed"
     """`fixed`: the weights as given. `calibrated`: they are the ratio of the terms' gradient norms
     at the first steps. `uncertainty`: times weights that are learnt. `upgrad`: no term is worsened

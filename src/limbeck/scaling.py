@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,23 +18,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import axes_from_json
-from limbeck.architecture.cut import sort_units
-from limbeck.architecture.importance import load_importance
 from limbeck.architecture.plan import Candidate, plan_student
 from limbeck.elastic import Sampling
-from limbeck.errors import RunFolderError
+from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import read_json, replaced, write_json
-from limbeck.stages import Planner
+from limbeck.stages import Planner, places_of
 from limbeck.step import Training
 from limbeck.tasks.task import Task, open_task
-from limbeck.teaching import lesson, loss_and_accuracy, validator
+from limbeck.teaching import lesson, loss_and_accuracy, sorted_base, validator
 from limbeck.train import train
-from limbeck.types import Shape, StudentPlan
+from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
 _MOST = 40  # shapes whose quality is looked at for the frontier
@@ -44,12 +41,11 @@ prepare_torch()
 
 
 def teach(
-    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], teacher: Path, survey: Path,
-    signals: Path, data: Path, progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
+) -> None:
     """All trained students in one run; the largest has to come first in `shapes`."""
-    task = open_task(recipe, data)
-    family = _family(task, shapes, teacher, survey)
+    task = open_task(recipe, places.data)
+    family = _family(task, shapes, places)
     specs = {name: recipe.training_of(recipe.student(name)) for name in shapes}
     base = recipe.distill.training
     training = Training(
@@ -58,21 +54,22 @@ def teach(
         seed=recipe.seed,
         title="family",
         validate=validator(task, recipe.seed),
-        **lesson(recipe, None, teacher, signals, data, None, None),
+        **lesson(recipe, None, places),
     )
     sampling = Sampling(
         shares={name: spec.epochs for name, spec in specs.items()},
-        rates={name: spec.learning_rate / base.learning_rate for name, spec in specs.items()},
-    )
+    ).for_family(family)
+    own = {s.name: s.learning_rate / base.learning_rate for s in recipe.students if s.learning_rate}
+    sampling = replace(sampling, rates={**(sampling.rates or {}), **own})
     train(family, training, folder, progress, sampling)
     with replaced(folder / "family.safetensors") as aside:
         save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
     write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
 
 
-def load(task: Task, folder: Path, teacher: Path, survey: Path) -> Family:
+def load(task: Task, folder: Path, places: Places) -> Family:
     """What `teach` left in its folder."""
-    family = _family(task, read_shapes(folder), teacher, survey)
+    family = _family(task, read_shapes(folder), places)
     family.load_state(load_file(folder / "family.safetensors"))
     return family
 
@@ -83,33 +80,28 @@ def read_shapes(folder: Path) -> dict[str, Shape]:
     return {name: _shape(shape) for name, shape in found.items()}
 
 
-def _family(task: Task, shapes: Mapping[str, Shape], teacher: Path, survey: Path) -> Family:
-    model = task.load(teacher, where="teacher")
-    axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
-    scores = load_importance(survey / "importance.safetensors")
-    state = sort_units(model.state_dict(), axes, scores.units)
-    return Family(model.config, task.build, axes, shapes, state)
+def _family(task: Task, shapes: Mapping[str, Shape], places: Places) -> Family:
+    config, axes, state = sorted_base(task, places)
+    return Family(config, task.build, axes, shapes, state)
 
 
 def extract(
-    folder: Path, recipe: Recipe, shape: Shape, family: Path, teacher: Path, survey: Path,
-    data: Path,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, shape: Shape, family: Path, places: Places
+) -> None:
     """A student of an elastic run, trained or not, as a plain folder."""
-    task = open_task(recipe, data)
-    model = cut_or_extract(load(task, family, teacher, survey), shape)
-    task.save(cast(PreTrainedModel, model), teacher, folder)
+    task = open_task(recipe, places.data)
+    model = cut_or_extract(load(task, family, places), shape)
+    task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
 def look(
-    folder: Path, recipe: Recipe, family: Path, teacher: Path, survey: Path, data: Path,
-    progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, family: Path, places: Places, progress: Progress
+) -> None:
     """`frontier.json`: the trained sizes and shapes between them, each with its parameters, and its
     accuracy and loss on validation rows."""
-    task = open_task(recipe, data)
-    whole = load(task, family, teacher, survey)
-    planner = Planner(recipe, teacher, survey, data, progress)
+    task = open_task(recipe, places.data)
+    whole = load(task, family, places)
+    planner = Planner(recipe, places, progress)
     rows = task.rows("validation").sample(_FRONTIER_ROWS, seed=recipe.seed)
     found = []
     tried = _between(planner, [*read_shapes(family).values()])
@@ -125,19 +117,25 @@ def look(
                 }
             )  # fmt: skip
             bar.advance(1)
-    write_json(folder / FRONTIER, found)
+    teacher = task.load(places.teacher, where="teacher").eval()
+    loss, accuracy = loss_and_accuracy(rows, teacher)
+    theirs = {"accuracy": accuracy, "loss": loss, "n": len(rows)}
+    write_json(folder / FRONTIER, {"teacher": theirs, "shapes": found})
 
 
 def plan_cut(folder: Path, student: StudentSpec, planner: Planner, frontier: Path) -> None:
     """`plan.json` of a student that is cut between trained sizes: of those within its budget the
-    one with the least loss on the validation rows.
+    one with the least loss on the validation rows, or the smallest that keeps what it shall.
 
     Raises RecipeError where none is within.
     """
     plan, entry, considered = _choose(student, planner, frontier)
+    which = "the one within its budget with the least loss"
+    if student.budget.retention:
+        which = f"the smallest that keeps {student.budget.retention:.1%} of the teacher's accuracy"
     reason = (
-        f"Not trained: of {considered} shapes at and between the trained sizes the one within its "
-        f"budget with the least loss on {entry['n']:,} validation rows."
+        f"Not trained: of {considered} shapes at and between the trained sizes {which} on "
+        f"{entry['n']:,} validation rows."
     )
     write_json(folder / "plan.json", asdict(plan) | {"reason": reason, "timed": planner.timed()})
 
@@ -146,13 +144,32 @@ def _choose(
     student: StudentSpec, planner: Planner, frontier: Path
 ) -> tuple[StudentPlan, dict[str, Any], int]:
     """The plan, what the frontier says of its shape, and how many shapes there were."""
-    seen = {_key(_shape(e["shape"])): e for e in read_json(frontier / FRONTIER)}
+    looked = read_json(frontier / FRONTIER)
+    seen = {_key(_shape(e["shape"])): e for e in looked["shapes"]}
     space = [c for c in planner.space if _candidate_key(c) in seen]
+    where, considered = f"recipe.students.{student.name}.budget", len(space)
+
+    if (share := student.budget.retention) is not None:
+        theirs = looked["teacher"]["accuracy"]
+        kept = {c.key: seen[_candidate_key(c)]["accuracy"] / theirs for c in space}
+        most = max(kept.values())
+        space = [c for c in space if kept[c.key] >= share]
+        if not space:
+            raise RecipeError(
+                f"{where}.retention", f"no shape keeps {share:.1%}",
+                allowed=f"up to {most:.1%}, on the validation rows", fix="ask for less",
+            )  # fmt: skip
+
+    def rank(candidate: Candidate) -> float:
+        if share is not None:
+            return -float(candidate.params)
+        return -float(seen[_candidate_key(candidate)]["loss"])
+
     plan = plan_student(
-        student, f"recipe.students.{student.name}.budget", space, planner.axes, planner.layers_of,
-        planner.latency, rank=lambda c: -float(seen[_candidate_key(c)]["loss"]),
+        student, where, space, planner.axes, planner.layers_of, planner.costs, rank=rank,
+        watts=planner.recipe.measure.watts,
     )  # fmt: skip
-    return plan, seen[_key(plan.shape)], len(space)
+    return plan, seen[_key(plan.shape)], considered
 
 
 def cut_or_extract(family: Family, shape: Shape) -> nn.Module:
@@ -173,9 +190,9 @@ class LoadedFamily:
                 fix="name one",
             )  # fmt: skip
         recipe, _ = load_recipe(run)
-        teacher, survey, data = run / "teacher/hf", run / "architecture", run / "data"
-        self.family = load(open_task(recipe, data), run / "family", teacher, survey)
-        self._planner = Planner(recipe, teacher, survey, data, Silent())
+        places = places_of(run)
+        self.family = load(open_task(recipe, places.data), run / "family", places)
+        self._planner = Planner(recipe, places, Silent())
         self._frontier = run / "frontier"
 
     @property
@@ -184,18 +201,20 @@ class LoadedFamily:
         return {name: size.shape for name, size in self.family.sizes.items()}
 
     def cut(
-        self, *, params: int | str | None = None, size_mb: float | None = None,
-        latency_ms: float | None = None,
-    ) -> nn.Module:  # fmt: skip
-        """The best model within the budget, in eval mode, with weights of its own. `params` may be
-        '3M' or '450k'. Raises RecipeError where no shape keeps it."""
-        budget = {"params": _count(params), "size_mb": size_mb, "latency_ms": latency_ms}
+        self, *, params: int | str | None = None, **budget: float
+    ) -> nn.Module:
+        """The best model within the budget, in eval mode, with weights of its own.
+
+        `params` may be '3M' or '450k'; the other limits are those of a recipe's budget. Raises
+        RecipeError where no shape keeps them, pydantic's ValidationError for what is no limit.
+        """
+        budget |= {"params": _count(params)} if params is not None else {}
         student = StudentSpec.model_validate({"name": "cut", "budget": budget, "trained": False})
         shape = _choose(student, self._planner, self._frontier)[0].shape
         return cut_or_extract(self.family, shape)
 
 
-def _count(value: int | str | None) -> int | None:
+def _count(value: int | str) -> int:
     """'3M' is 3,000,000. Raises ValueError for what is no number."""
     if not isinstance(value, str):
         return value

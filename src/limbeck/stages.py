@@ -8,26 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from limbeck import runtime
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import Axis, axes_from_json, axes_to_json, find_axis
+from limbeck.architecture.axes import Axis, axes_to_json, find_axis
 from limbeck.architecture.cut import (
     any_layers,
     keep_layers,
     shape_parameters,
     student_config,
 )
-from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.importance import described, importance, load_importance
 from limbeck.architecture.inputs import example_inputs
 from limbeck.architecture.plan import (
     Candidate,
-    LatencyModel,
+    CostModel,
+    Sample,
     candidates,
     plan_student,
     within_budget,
@@ -36,7 +37,7 @@ from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.errors import RecipeError
 from limbeck.export.onnx import export_onnx, quantize_int8
-from limbeck.models import num_parameters
+from limbeck.models import label_config, make_config, num_parameters
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
@@ -51,9 +52,9 @@ from limbeck.step import Training
 from limbeck.tasks.task import Task, open_task
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
-from limbeck.teaching import signal_origins, validator
+from limbeck.teaching import read_axes, signal_origins, validator
 from limbeck.train import train
-from limbeck.types import Cost, Input, Shape, StudentPlan
+from limbeck.types import Cost, Input, Places, Shape, StudentPlan
 
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 
@@ -126,10 +127,10 @@ def verify_signals(run: Path, num_rows: int) -> Verification:
     )
 
 
-def survey(folder: Path, recipe: Recipe, teacher: Path, data: Path, progress: Progress) -> None:
-    """The teacher's axes, proved; and how much each unit and layer matters."""
+def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progress) -> None:
+    """The base's axes, proved; and how much each unit and layer matters."""
     task, seed = open_task(recipe, data), recipe.seed
-    model = task.load(teacher, where="teacher")
+    model = task.load(base, where="base")
     axes = find_axes(model.config, task.build)
     rows = task.rows("train").sample(_IMPORTANCE_ROWS, seed=seed)
     axes = prove_axes(
@@ -143,7 +144,8 @@ def survey(folder: Path, recipe: Recipe, teacher: Path, data: Path, progress: Pr
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     summary = {
         "layer_importance": rises,
-        "teacher_params": num_parameters(model),
+        "unit_importance": described(axes, scores),
+        "base_params": num_parameters(model),
         "shapes": shapes,
         "axes": [
             {"name": a.name, "size": a.size, "proved": a.proved, "reason": a.reason} for a in axes
@@ -152,13 +154,50 @@ def survey(folder: Path, recipe: Recipe, teacher: Path, data: Path, progress: Pr
     write_json(folder / "summary.json", summary)
 
 
-def check_budgets(folder: Path, recipe: Recipe, model: Path, data: Path) -> None:
+def make_base(
+    folder: Path, recipe: Recipe, teacher: Path, model: Path | None, data: Path
+) -> None:
+    """What students are cut from where it is not the teacher.
+
+    Raises RecipeError for one whose inputs are not the teacher's.
+    """
+    task = open_task(recipe, data)
+    torch.manual_seed(recipe.seed)  # the head, or all of it
+    if model is not None:
+        made = task.load(model, where="recipe.base.model")
+    else:
+        made = cast(PreTrainedModel, task.build(base_config(recipe, task, teacher, None)))
+    task.save(made, model or teacher, folder)
+    if task.preprocessing(folder) != task.preprocessing(teacher):
+        raise RecipeError(
+            "recipe.base.model", "its inputs are made in another way than the teacher's",
+            allowed="a model with the teacher's own tokenizer", fix="choose another, or a config",
+        )  # fmt: skip
+
+
+def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -> PretrainedConfig:
+    """Of what students are cut from. Raises RecipeError, SourceError."""
+    theirs = task.read_config(teacher, where="recipe.teacher.model")
+    if recipe.base is None:
+        return theirs
+    if model is not None:
+        return task.read_config(model, where="recipe.base.model")
+    assert recipe.base.config is not None
+    shared = {name: getattr(theirs, name) for name in task.input_fields if hasattr(theirs, name)}
+    config = make_config(shared | recipe.base.config, where="recipe.base.config")
+    label_config(config, task.labels)
+    return config
+
+
+def check_budgets(
+    folder: Path, recipe: Recipe, teacher: Path, base: Path | None, data: Path
+) -> None:
     """Refuse now what no shape can meet, not behind the teacher's tuning. Latencies are not timed.
 
     Raises RecipeError.
     """
     task = open_task(recipe, data)
-    config, axes = untuned_axes(recipe, model, task)
+    config, axes = untuned_axes(recipe, teacher, base, task)
     space = space_of(task, config, axes, recipe.export.primary)
     fits = {
         s.name: len(within_budget(f"recipe.students.{s.name}.budget", s.budget, space))
@@ -167,9 +206,11 @@ def check_budgets(folder: Path, recipe: Recipe, model: Path, data: Path) -> None
     write_json(folder / "shapes.json", fits)
 
 
-def untuned_axes(recipe: Recipe, model: Path, task: Task) -> tuple[Any, Sequence[Axis]]:
-    """The architecture's config and its axes, proved on random weights."""
-    config = task.read_config(model, where="recipe.teacher.model")
+def untuned_axes(
+    recipe: Recipe, teacher: Path, base: Path | None, task: Task
+) -> tuple[PretrainedConfig, Sequence[Axis]]:
+    """The config of what students are cut from, and its axes, proved on random weights."""
+    config = base_config(recipe, task, teacher, base)
     random = task.build(config)
     axes = prove_axes(
         random, config, task.build, find_axes(config, task.build),
@@ -178,24 +219,33 @@ def untuned_axes(recipe: Recipe, model: Path, task: Task) -> tuple[Any, Sequence
     return config, axes
 
 
+def places_of(run: Path) -> Places:
+    """Where a finished run has them."""
+    teacher, base = run / "teacher/hf", run / "base/hf"
+    return Places(
+        data=run / "data", teacher=teacher, signals=run / "signals", space=run / "architecture",
+        base=base if base.is_dir() else teacher,
+    )
+
+
 class Planner:
     """Plans one student after another; what was timed for one serves the next."""
 
-    def __init__(
-        self, recipe: Recipe, teacher: Path, survey: Path, data: Path, progress: Progress
-    ) -> None:
-        self.recipe, self.task, self.progress = recipe, open_task(recipe, data), progress
-        self.config = AutoConfig.from_pretrained(teacher)
-        self.axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
-        self.scores = load_importance(survey / "importance.safetensors").layers
+    def __init__(self, recipe: Recipe, places: Places, progress: Progress) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.task = open_task(recipe, places.data)
+        self.config = self.task.read_config(places.base, where="base")
+        self.axes = read_axes(places)
+        self.scores = load_importance(places.space / "importance.safetensors").layers
         self.space = space_of(self.task, self.config, self.axes, recipe.export.primary)
-        self.latency = LatencyModel(self._time)
+        self.costs = CostModel(self.measured)
 
     def __call__(self, folder: Path, student: StudentSpec) -> None:
         where = f"recipe.students.{student.name}.budget"
         plan = plan_student(
-            student, where, self.space, self.axes, self.layers_of, self.latency
-        )
+            student, where, self.space, self.axes, self.layers_of, self.costs,
+            watts=self.recipe.measure.watts,
+        )  # fmt: skip
         exact = shape_parameters(self.config, self.task.build, self.axes, plan.shape)
         assert exact == plan.cost.params, f"{student.name}: {exact} is not {plan.cost.params}"
         write_json(folder / "plan.json", asdict(plan) | {"timed": self.timed()})
@@ -207,10 +257,11 @@ class Planner:
 
     def timed(self) -> list[dict[str, Any]]:
         return [
-            {"shape": dict(key), "latency_ms": t} for key, (_, t) in self.latency.measured.items()
+            {"shape": dict(key), **asdict(sample)}
+            for key, (_, sample) in self.costs.measured.items()
         ]
 
-    def _time(self, candidate: Candidate) -> float:
+    def measured(self, candidate: Candidate) -> Sample:
         shape = Shape(candidate.sizes, any_layers(self.axes, candidate.num_layers))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         return time_shape(self.recipe, self.task, self.config, self.axes, shape)
@@ -224,8 +275,8 @@ def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[
 
 def time_shape(
     recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape
-) -> float:
-    """Median ms of a random-weight model of this shape, through the real export and runtime."""
+) -> Sample:
+    """Of a random-weight model of this shape, through the real export and runtime."""
     torch.manual_seed(0)
     own = student_config(config, axes, shape)
     model = task.build(own).eval()
@@ -240,7 +291,7 @@ def time_shape(
             path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
             runs=recipe.measure.latency_runs,
         )  # fmt: skip
-    return timing.latency_ms
+    return Sample(timing.latency_ms, timing.peak_memory_bytes / 1e6)
 
 
 def read_plan(folder: Path) -> StudentPlan:

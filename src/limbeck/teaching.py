@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from limbeck._startup import prepare_torch
-from limbeck.architecture.axes import axes_from_json
+from limbeck.architecture.axes import Axis, axes_from_json
 from limbeck.architecture.cut import build_student, sort_units, student_config
 from limbeck.architecture.importance import load_importance
 from limbeck.cores import on_each
@@ -37,7 +37,7 @@ from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Need, Shape
+from limbeck.types import Batch, Need, Places, Shape
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -49,37 +49,40 @@ prepare_torch()
 
 
 def distil(
-    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
-    signals: Path | None, data: Path, progress: Progress, *, start: Start = "prefix",
+    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, places: Places,
+    progress: Progress, *, taught: bool = True, start: Start = "prefix",
     temperature: float | None = None, features: Path | None = None,
 ) -> None:  # fmt: skip
-    """Train one student from the teacher's signals, or without them from hard labels only.
+    """Train one student from the teacher's signals, or (not `taught`) from hard labels only.
 
     `temperature` is what `choose_temperature` found, where the recipe leaves it to be found;
     `features` the folder that `store_features` filled, where it asks for any.
     """
-    task = open_task(recipe, data)
-    model = _student(recipe, shape, teacher, survey, task, start)
-    what = "" if signals else f", hard labels, {start} start"
+    task = open_task(recipe, places.data)
+    model = _student(recipe, shape, places, task, start)
+    what = "" if taught else f", hard labels, {start} start"
     training = Training(
         rows=task.rows("train"),
         spec=recipe.training_of(student),
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **lesson(recipe, student, teacher, signals, data, temperature, features),
+        **(lesson(recipe, student, places, temperature, features) if taught else hard_labels()),
     )
     train(model, training, folder, progress)
-    task.save(cast(PreTrainedModel, model), teacher, folder)
+    task.save(cast(PreTrainedModel, model), places.base, folder)
+
+
+def hard_labels() -> dict[str, Any]:
+    """No teacher."""
+    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
 
 
 def lesson(
-    recipe: Recipe, student: StudentSpec | None, teacher: Path, signals: Path | None, data: Path,
-    temperature: float | None, features: Path | None,
+    recipe: Recipe, student: StudentSpec | None, places: Places,
+    temperature: float | None = None, features: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Who teaches, by which objective; without a student of its own for all of a family."""
-    if signals is None:
-        return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
     spec = recipe.distill
     objective = Objective(
         temperature=temperature_of(spec.temperature, temperature),
@@ -90,15 +93,15 @@ def lesson(
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
     )
-    origins = signal_origins(open_task(recipe, data), teacher, data)
+    origins = signal_origins(open_task(recipe, places.data), places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
         if features is not None and need in objective.needs
     }
     source = StoredTeacher(
-        store=open_store(signals, made_from=origins),
-        fingerprint=file_sha256(signals / MANIFEST),
+        store=open_store(places.signals, made_from=origins),
+        fingerprint=file_sha256(places.signals / MANIFEST),
         # where the temperature changes signals are dense, and those are the same for any
         temperature=objective.temperature.fixed or 1.0,
         hidden=vectors.get(Need.HIDDEN),
@@ -130,17 +133,16 @@ def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> t
 
 
 def store_features(
-    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], teacher: Path, survey: Path,
-    data: Path, progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
+) -> None:
     """The layers that each student learns from (`maps.json`), and what the teacher has there.
 
     The map is made from some training rows and the students as they are cut.
     Raises RecipeError for a layer that there is not.
     """
-    task, spec = open_task(recipe, data), recipe.distill
+    task, spec = open_task(recipe, places.data), recipe.distill
     rows = task.rows("train")
-    classifier = task.load(teacher, where="teacher")
+    classifier = task.load(places.teacher, where="teacher")
     stores: dict[Path, AnyCodec] = {}
     layers: tuple[str, ...] = ()
     if spec.hidden is not None:
@@ -148,7 +150,7 @@ def store_features(
         batch = some.batch(range(len(some)))
         maps = {
             name: layer_map(
-                spec.hidden, _student(recipe, shape, teacher, survey, task, "prefix"), classifier,
+                spec.hidden, _student(recipe, shape, places, task, "prefix"), classifier,
                 batch, where=f"students.{name}",
             )
             for name, shape in shapes.items()
@@ -159,10 +161,10 @@ def store_features(
         stores[folder / Need.HIDDEN] = Hidden(layers=layers, dtype=spec.hidden.dtype)
     if spec.embedding is not None:
         stores[folder / Need.EMBEDDING] = Embedding(dtype=spec.embedding.dtype)
-    live = LiveTeacher(classifier, file_sha256(teacher / "model.safetensors"), layers)
+    live = LiveTeacher(classifier, file_sha256(places.teacher / "model.safetensors"), layers)
     capture(
-        live, rows, stores, made_from=signal_origins(task, teacher, data), seed=recipe.seed,
-        progress=progress,
+        live, rows, stores, made_from=signal_origins(task, places.teacher, places.data),
+        seed=recipe.seed, progress=progress,
     )  # fmt: skip
 
 
@@ -195,15 +197,15 @@ def layer_map(
 
 
 def choose_temperature(
-    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, teacher: Path, survey: Path,
-    signals: Path, data: Path, progress: Progress, *, features: Path | None = None,
+    folder: Path, recipe: Recipe, student: StudentSpec, shape: Shape, places: Places,
+    progress: Progress, *, features: Path | None = None,
 ) -> None:  # fmt: skip
     """A tenth of the student's training with each candidate, all from the same start and rows.
 
     The learning rate's whole course is run in each. Chosen is the one with the least cross-entropy
     on the validation rows' labels; the curve stays in `temperature.json`.
     """
-    task = open_task(recipe, data)
+    task = open_task(recipe, places.data)
     spec = recipe.training_of(student)
     short = spec.model_copy(update={"epochs": spec.epochs / _TEMPERATURE_SHARE})
     curve = []
@@ -213,9 +215,9 @@ def choose_temperature(
             spec=short,
             seed=recipe.seed,
             title=f"{student.name}, temperature {candidate:g}",
-            **lesson(recipe, student, teacher, signals, data, candidate, features),
+            **lesson(recipe, student, places, candidate, features),
         )
-        model = _student(recipe, shape, teacher, survey, task, "prefix")
+        model = _student(recipe, shape, places, task, "prefix")
         trial = folder / f"trial-{candidate:g}"
         trial.mkdir(exist_ok=True)
         train(model, training, trial, progress)
@@ -240,27 +242,36 @@ def loss_and_accuracy(rows: Rows, model: nn.Module) -> tuple[float, float]:
     return sum(losses) / len(rows), sum(right) / len(rows)
 
 
-def untaught(
-    folder: Path, recipe: Recipe, shape: Shape, teacher: Path, survey: Path, data: Path
-) -> None:
+def untaught(folder: Path, recipe: Recipe, shape: Shape, places: Places) -> None:
     """The sorted prefix as it is cut."""
-    task = open_task(recipe, data)
-    model = _student(recipe, shape, teacher, survey, task, "prefix")
-    task.save(cast(PreTrainedModel, model), teacher, folder)
+    task = open_task(recipe, places.data)
+    model = _student(recipe, shape, places, task, "prefix")
+    task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
 def _student(
-    recipe: Recipe, shape: Shape, teacher: Path, survey: Path, task: Task,
-    start: Start,
-) -> nn.Module:  # fmt: skip
-    model = task.load(teacher, where="teacher")
-    axes = axes_from_json((survey / "axes.json").read_text(encoding="utf-8"))
-    torch.manual_seed(recipe.seed)
+    recipe: Recipe, shape: Shape, places: Places, task: Task, start: Start
+) -> nn.Module:
     if start == "random":
-        return task.build(student_config(model.config, axes, shape))
-    scores = load_importance(survey / "importance.safetensors")
-    state = sort_units(model.state_dict(), axes, scores.units)
-    return build_student(model.config, task.build, axes, shape, state)
+        config = task.read_config(places.base, where="base")
+        axes = read_axes(places)
+        torch.manual_seed(recipe.seed)
+        return task.build(student_config(config, axes, shape))
+    config, axes, state = sorted_base(task, places)
+    return build_student(config, task.build, axes, shape, state)
+
+
+def sorted_base(
+    task: Task, places: Places
+) -> tuple[PretrainedConfig, tuple[Axis, ...], dict[str, Tensor]]:
+    """What students are prefixes of: its config, axes, and weights with what matters first."""
+    model = task.load(places.base, where="base")
+    axes, scores = read_axes(places), load_importance(places.space / "importance.safetensors")
+    return model.config, axes, sort_units(model.state_dict(), axes, scores.units)
+
+
+def read_axes(places: Places) -> tuple[Axis, ...]:
+    return axes_from_json((places.space / "axes.json").read_text(encoding="utf-8"))
 
 
 def validator(task: Task, seed: int) -> Callable[[nn.Module], float]:

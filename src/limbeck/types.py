@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -129,6 +130,17 @@ class Teacher(Protocol):
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal: ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Folders that a run's students are made from."""
+
+    data: Path  # the task's rows
+    teacher: Path  # a Hugging Face folder
+    signals: Path  # what the teacher said
+    base: Path  # what students are cut from, a Hugging Face folder: the teacher's or another's
+    space: Path  # the base's axes and what of it matters
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """One student's size along each axis, and which of the teacher's layers it keeps."""
@@ -146,6 +158,7 @@ class Cost:
     params: int
     size_bytes: int  # of the primary export
     latency_ms: float | None  # None: nobody asked, so nobody measured
+    memory_mb: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ from limbeck.architecture.axes import (
     permuted,
     stacks,
 )
-from limbeck.architecture.fields import Build, Value, changed, read_field
+from limbeck.architecture.fields import Build, Value, changed, ratio_of, read_field
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 
@@ -176,19 +176,34 @@ def student_config(
         kept = kept_layers(axis, shape)
         if len(kept) < axis.size:
             values |= {f: _value(config, f, len(kept) * n) for f, n in axis.fields.items()}
-            kinds = getattr(config, "layer_types", None)  # transformers' one per-layer list
+            kinds = vars(config).get("layer_types")  # transformers' one per-layer list
             if kinds and len(kinds) == axis.size:
                 lists["layer_types"] = [kinds[at] for at in kept]
     new = changed(config, values)
     for name, items in lists.items():
         setattr(new, name, items)
+    _name_stages(new)
     return new
+
+
+def _name_stages(config: PretrainedConfig) -> None:
+    """A backbone's config names its stages when it is made, some from the number of layers: one
+    that no longer exists would be refused when the student is loaded. Then the last is its output,
+    which is the default."""
+    names = getattr(config, "stage_names", None)
+    if names:
+        made = {"stage_names", "out_features", "out_indices"}
+        kept = {k: v for k, v in config.to_dict().items() if k not in made}
+        now = type(config).from_dict(kept).stage_names
+        if now != names:
+            config.stage_names = now
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def _value(config: PretrainedConfig, field: str, value: float) -> Value:
     """As the config's own type: a count must be whole."""
     if type(read_field(config, field)) is float:
-        return value
+        return ratio_of(value)
     if abs(value - round(value)) > 1e-6:
         raise AxisError(field, f"{value:.3f} is no whole number")
     return round(value)
@@ -274,8 +289,9 @@ def build_student(
             tensor.fill_(torch.nan)
     try:
         found = student.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # sizes differ
-        raise AxisError("student", f"the cut weights do not fit: {error}") from error
+    except RuntimeError as error:  # sizes differ; its first line only names the class
+        which = str(error).splitlines()[1:2] or [str(error)]
+        raise AxisError("student", f"the cut weights do not fit: {which[0].strip()}") from error
     if found.unexpected_keys:
         raise AxisError("student", f"{found.unexpected_keys[0]} has no place in it")
     for name, tensor in student.state_dict().items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ from limbeck.run import replaced
 from limbeck.types import Batch
 
 _LAYER = "layers"
+_STEPS = 20  # of the curves in the report
+_FEW = 64  # units that are shown one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,31 @@ def load_importance(path: Path) -> Importance:
     tensors = load_file(path)
     units = {k.removeprefix("units."): v for k, v in tensors.items() if k != _LAYER}
     return Importance(units, tensors[_LAYER])
+
+
+def described(axes: Sequence[Axis], found: Importance) -> list[dict[str, Any]]:
+    """For the report, of each group: `cumulative`, the share of its importance that its best units
+    carry together, at every twentieth of the units; `by_unit` each one's share, of few units."""
+    rows = []
+    for axis in axes:
+        for group in axis.groups:
+            if group.name not in found.units:
+                continue
+            scores = found.units[group.name].double()
+            shares = scores / scores.sum().clamp_min(1e-300)
+            best = shares.sort(descending=True).values.cumsum(0)
+            ends = [round(k * len(best) / _STEPS) for k in range(1, _STEPS + 1)]
+            cumulative = [0.0, *(round(float(best[end - 1]), 5) if end else 0.0 for end in ends)]
+            few = len(shares) <= _FEW
+            rows.append(
+                {
+                    "axis": axis.name, "group": group.name, "units": group.units,
+                    "cumulative": cumulative,
+                    "by_unit": [round(v, 5) for v in shares.tolist()] if few else None,
+                    "total": float(scores.sum()),
+                }
+            )  # fmt: skip
+    return rows
 
 
 def importance(

@@ -31,6 +31,7 @@ def example_inputs(
     names = [main, *(n for n in ("input_ids", "pixel_values") if n in takes and n != main)]
     problem: Exception | None = None
     for wanted in dict.fromkeys(((main,), tuple(names))):
+        problem = None  # the first that the fullest inputs meet is the one to tell
         if any(name not in _MAKERS for name in wanted):
             continue
         for inputs in _inputs(wanted, config, takes, seed):

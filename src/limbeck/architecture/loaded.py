@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from transformers import PretrainedConfig
 from limbeck.architecture.axes import Axis, Group, permuted
 from limbeck.architecture.cut import build_student, full_shape
 from limbeck.architecture.fields import Build
-from limbeck.architecture.twins import Doubles, logits_of
+from limbeck.architecture.twins import Doubles, doubled, logits_of
 from limbeck.errors import AxisError
 from limbeck.types import Shape
 
@@ -27,6 +29,8 @@ class Refused(Exception):
 
 class Loaded:
     """The loaded model, run under other weights without being touched."""
+
+    limit = TOLERANCE  # differences below it are rounding
 
     def __init__(
         self, model: nn.Module, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
@@ -44,7 +48,13 @@ class Loaded:
             if not any(re.search(pattern, name) for pattern in left_out)
         }  # fmt: skip
         self.reference = self.run(model)
-        self._reference64: Tensor | None = None
+
+    @cached_property
+    def wide(self) -> Loaded:
+        """The same in double precision, for effects that single precision hides in its rounding."""
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in self.inputs.items()}
+        model = doubled(copy.deepcopy(self.model))
+        return _Wide(model, self.config, self.build, self.axes, inputs, self.random.initial_seed())
 
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
         return logits_of(model(**(inputs or self.inputs)))
@@ -66,24 +76,10 @@ class Loaded:
 
     def change(self, group: Group, order: Tensor) -> float:
         """How much this permutation changes the outputs; 0 if not beyond rounding."""
-        moved = permuted(self.state, [group], {group.name: order})
-        change = difference(self.under(moved), self.reference)
-        if change > TOLERANCE:
-            return change
-        # Heads that all attend evenly differ little: look again where rounding is out of the way.
-        if self._reference64 is None:
-            self._reference64 = self._under64(self.state)
-        change = difference(self._under64(moved), self._reference64)
-        return change if change > _SEEN else 0.0
-
-    def _under64(self, state: Mapping[str, Tensor]) -> Tensor:
-        def wide(tensor: Tensor) -> Tensor:
-            return tensor.double() if tensor.is_floating_point() else tensor
-
-        inputs = {name: wide(tensor) for name, tensor in self.inputs.items()}
-        weights = {name: wide(tensor) for name, tensor in state.items()}
-        with Doubles():
-            return logits_of(functional_call(self.model, weights, (), inputs))
+        change = difference(
+            self.under(permuted(self.state, [group], {group.name: order})), self.reference
+        )
+        return change if change > self.limit else 0.0
 
     def student(self, shape: Shape, state: Mapping[str, Tensor]) -> nn.Module:
         saved = {name: tensor for name, tensor in state.items() if name in self.held}
@@ -97,6 +93,27 @@ class Loaded:
     def shape(self, sizes: Mapping[str, int]) -> Shape:
         """All layers, and these sizes."""
         return Shape(sizes, full_shape(self.axes).layers)
+
+
+class _Wide(Loaded):
+    limit = _SEEN
+
+    @property
+    def wide(self) -> Loaded:
+        return self
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+        with Doubles():
+            return super().run(model, inputs)
+
+    def under(
+        self, state: Mapping[str, Tensor], inputs: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        with Doubles():
+            return super().under(state, inputs)
+
+    def student(self, shape: Shape, state: Mapping[str, Tensor]) -> nn.Module:
+        return doubled(super().student(shape, state))  # its weights are single ones: none is lost
 
 
 def difference(logits: Tensor, reference: Tensor) -> float:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from limbeck.architecture.fields import Probe, Prober, Value
+from limbeck.architecture.fields import Probe, Prober, Value, ratio_of
 from limbeck.architecture.twins import Dim
 
 _STEPS = 24  # of a unit's step, tried from the smallest
-_TRIES = 14  # hypotheses for one field: each costs a few builds and backwards
+_TRIES = 20  # hypotheses for one field: each costs a few builds and backwards
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,16 @@ class Move:
 def measure(prober: Prober, fields: Fields) -> Move | None:
     """The smallest step at which all dimensions shrink evenly; None if there is none."""
     values = {f: prober.fields[f] for f in fields.all}
-    whole = math.gcd(*(v for v in values.values() if type(v) is int))
+    ratio = any(type(v) is float for v in values.values())
+    whole = _channels(prober, values) if ratio else math.gcd(*map(int, values.values()))
     if fields.segments > 1:
         whole //= fields.segments
-    if any(type(v) is float for v in values.values()):
-        return _ratio(prober, fields, values)
     for step in [s for s in range(1, whole) if whole % s == 0][:_STEPS]:
         units = whole // step
         widths = _widths(prober, values, units, units - 1)
         smaller = {units - 2, units // 2} if units > 3 else set()  # rounding hides in one step
+        if ratio:  # and more so where sizes are products
+            smaller = {*range(1, units - 1, max(1, units // 16))}
         if not widths or any(_widths(prober, values, units, n) not in (None, widths)
                              for n in smaller):  # fmt: skip
             continue
@@ -75,26 +76,27 @@ def measure(prober: Prober, fields: Fields) -> Move | None:
     return None
 
 
-def _ratio(prober: Prober, fields: Fields, values: Mapping[str, Value]) -> Move | None:
-    """A ratio of sizes, such as mlp_ratio: as many steps as its smallest dimension has channels."""
-    outcome = prober.compare({f: v / 2 for f, v in values.items()})
+def _channels(prober: Prober, values: Mapping[str, Value]) -> int:
+    """How many steps a ratio of sizes (mlp_ratio) may have: its dimensions' common divisor."""
+    outcome = prober.compare({f: _part(v, 2, 1) for f, v in values.items()})
     if outcome is None or outcome[0]:
-        return None
-    sizes = {d: prober.full.shapes[d[0]][d[1]] for d in outcome[1]}
-    units = math.gcd(*sizes.values()) if sizes else 0
-    small = prober.survey({f: v / 2 for f, v in values.items()})
-    if units < 4 or small is None or units % 2:
-        return None
-    if any(small.shapes[d[0]][d[1]] * 2 != size for d, size in sizes.items()):
-        return None
-    return Move(fields, values, units, {d: (s // units, 0) for d, s in sizes.items()}, sizes)
+        return 0
+    return math.gcd(*(prober.full.shapes[name][dim] for name, dim in outcome[1]))
+
+
+def _part(value: Value, units: int, kept: int) -> Value:
+    if type(value) is int:
+        return value * kept // units
+    return ratio_of(value * kept / units)
 
 
 def _widths(
     prober: Prober, values: Mapping[str, Value], units: int, fewer: int
 ) -> dict[Dim, tuple[int, int]] | None:
     """None where the smaller size has no such model, nothing where it shrinks unevenly."""
-    smaller = {f: int(v) // units * fewer for f, v in values.items()}
+    if any(type(v) is int and v * fewer % units for v in values.values()):
+        return {}
+    smaller = {f: _part(v, units, fewer) for f, v in values.items()}
     outcome = prober.compare(smaller)
     new = prober.survey(smaller)
     if outcome is None or new is None or outcome[0]:
@@ -120,28 +122,41 @@ def hypotheses(
     """
     main, value = probe.fields, probe.value
     yield Fields(main)
-    if type(value) is float:
+    if type(value) is float:  # a width stated beside its ratio has to follow
+        yield from (Fields(main + p.fields) for p in widths if type(p.value) is int)
         return
-    silent = _bundles(f for p in counts for f in p.fields)
+    silent = _bundles(f for p in counts for f in p.fields if in_reach(f, main))
     shaped = [p for p in widths if not set(p.fields) & set(main) and type(p.value) is int]
     shaped.sort(key=lambda p: not p.dims & probe.dims)  # what touches the same dimensions first
     bundles = silent + _bundles(f for p in shaped for f in p.fields)
     fitting = [b for b in bundles if all(_fits(prober.fields[f], value) for f in b)]
     equals = tuple(
-        f for f, v in prober.fields.items() if v == value and f not in main and type(v) is int
-    )
+        f for f, v in prober.fields.items()
+        if v == value and type(v) is int and any(f in b for b in bundles)
+    )  # fmt: skip
     quiet = tuple(f for b in fitting if b in silent for f in b)
     tried: set[Fields] = set()
     near = [b for b in fitting if any(set(p.fields) & set(b) and p.dims & probe.dims
                                       for p in shaped)]  # fmt: skip
     pairs = [a + b for a, b in itertools.combinations(near, 2)]
-    choices = [(main, quiet), (main + equals, ()), (main + equals, quiet)]
+    choices: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for more in [()] + [(f,) for f in equals] * (len(equals) > 1) + [equals]:
+        in_part = _bundles(f for p in counts for f in p.fields if in_reach(f, main + more))
+        some = [b for b in in_part if all(_fits(prober.fields[f], value) for f in b)]
+        choices += [(main + more, b) for b in [(), *some, tuple(f for b in some for f in b)]]
     choices += [(main, b) for b in fitting] + [(main, p) for p in pairs]
     choices += [(main, quiet + b) for b in near]
     for fields in (Fields(m, c) for m, c in choices):
         if fields not in tried and fields != Fields(main) and len(tried) < _TRIES:
             tried.add(fields)
             yield fields
+
+
+def in_reach(count: str, main: Sequence[str]) -> bool:
+    """Whether a count may be one of these widths': not if it stands in another part of the config
+    (an image encoder's heads are not a text encoder's)."""
+    parts = {field.rpartition(".")[0] for field in main}
+    return "" in parts or count.rpartition(".")[0] in parts | {""}
 
 
 def _fits(count: Value, value: Value) -> bool:

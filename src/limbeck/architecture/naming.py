@@ -87,7 +87,7 @@ def _units_in_full(part: Part, small: Mapping[str, Value], move: Move) -> tuple[
             return int(move.values[field]), True
     main, value = fields.main[0], move.values[fields.main[0]]
     if type(value) is float:
-        return min(move.sizes[d] for d in part.dims if d in move.sizes), False
+        return math.gcd(*(move.sizes[d] for d in part.dims if d in move.sizes)), False
     ratio = Fraction(part.units, int(small.get(main, value)))
     units = ratio * int(value)
     return (int(units) if units.denominator == 1 else 0), False
@@ -194,9 +194,9 @@ def distinct(axes: Sequence[Axis]) -> tuple[Axis, ...]:
     """In a fixed order, each with a name of its own: two of a kind are called by their fields."""
     number = Counter(axis.name for axis in axes)
     renamed = {
-        id(axis): next(iter(axis.fields))
+        id(axis): "+".join(axis.fields) if axis.name == "queries" else next(iter(axis.fields))
         for axis in axes
-        if number[axis.name] > 1 and axis.name in _ORDER and not axis.coupled
+        if number[axis.name] > 1 and axis.name in _ORDER
         and "num_hidden_layers" not in axis.fields  # of several stacks the one all configs have
     }
     found = []

@@ -8,7 +8,7 @@ flip after distillation (NVIDIA's pruning guide), so this is where to start, not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ _BYTES = {"hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4)}  # of (matrice
 _OVERHEAD = {"hf": 740_000, "onnx-fp32": 250_000, "onnx-int8": 250_000}  # graph or tokenizer
 _OVERHEAD_PER_LAYER = {"hf": 2_000, "onnx-fp32": 20_000, "onnx-int8": 45_000}
 _ROUNDS = 6  # of measuring the choice and choosing again
-_MARGIN = 0.92  # of a latency budget that the choice may use: machines are noisy
+_MARGIN = {"latency_ms": 0.92, "memory_mb": 0.97}  # of a budget: machines are noisy
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,47 +125,68 @@ def score(candidate: Candidate, axes: Sequence[Axis]) -> float:
     return total
 
 
-Measure = Callable[[Candidate], float]  # median latency in ms of the exported random-weight model
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one candidate's exported file takes, measured or predicted."""
+
+    latency_ms: float  # median
+    memory_mb: float  # peak of a process that holds nothing else
 
 
-class LatencyModel:
-    """latency = a + layers x (b + c x matrix parameters), fitted to what was measured."""
+Measure = Callable[[Candidate], Sample]  # of the exported random-weight model
+
+
+class CostModel:
+    """latency = a + layers x (b + c x matrix parameters), memory = d + e x the file's size; fitted
+    to what was measured."""
 
     def __init__(self, measure: Measure) -> None:
         self._measure = measure
-        self.measured: dict[tuple, tuple[Candidate, float]] = {}
-        self._weights = np.zeros(3)
+        self.measured: dict[tuple, tuple[Candidate, Sample]] = {}
+        self._latency, self._memory = np.zeros(3), np.zeros(2)
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: Candidate) -> Sample:
         if candidate.key not in self.measured:
             self.measured[candidate.key] = (candidate, self._measure(candidate))
-            self._fit()
+            seen = [c for c, _ in self.measured.values()]
+            samples = [sample for _, sample in self.measured.values()]
+            self._latency = _fitted(map(_work, seen), [s.latency_ms for s in samples])
+            self._memory = _fitted(map(_weight, seen), [s.memory_mb for s in samples])
         return self.measured[candidate.key][1]
 
-    def predict(self, candidate: Candidate) -> float:
-        """Milliseconds; the measurement itself where there is one."""
+    def predict(self, candidate: Candidate) -> Sample:
+        """The measurement itself where there is one."""
         if candidate.key in self.measured:
             return self.measured[candidate.key][1]
-        return float(self._row(candidate) @ self._weights)
+        return self.fitted(candidate)
 
-    @staticmethod
-    def _row(c: Candidate) -> np.ndarray:
-        return np.array([1.0, c.num_layers, c.num_layers * c.matrix_params_per_layer / 1e6])
+    def fitted(self, candidate: Candidate) -> Sample:
+        """What the model says, whether or not the candidate was measured."""
+        return Sample(
+            float(_work(candidate) @ self._latency), float(_weight(candidate) @ self._memory)
+        )
 
-    def _fit(self) -> None:
-        rows = np.stack([self._row(c) for c, _ in self.measured.values()])
-        times = np.array([t for _, t in self.measured.values()])
-        # relative errors count alike for fast and slow shapes; no weight may be negative
-        active = [0, 1, 2]
-        while active:
-            weights = np.linalg.lstsq(
-                rows[:, active] / times[:, None], np.ones(len(times)), rcond=None
-            )[0]
-            if (weights >= 0).all():
-                break
-            active.remove(active[int(weights.argmin())])
-        self._weights = np.zeros(3)
-        self._weights[active] = weights
+
+def _work(c: Candidate) -> np.ndarray:
+    return np.array([1.0, c.num_layers, c.num_layers * c.matrix_params_per_layer / 1e6])
+
+
+def _weight(c: Candidate) -> np.ndarray:
+    return np.array([1.0, c.size_bytes / 1e6])
+
+
+def _fitted(rows: Iterable[np.ndarray], values: Sequence[float]) -> np.ndarray:
+    """Weights of which none is negative; relative errors count alike for small and large values."""
+    design, found = np.stack([*rows]), np.array(values)
+    weights, active = np.zeros(design.shape[1]), [*range(design.shape[1])]
+    while active:
+        relative = design[:, active] / found[:, None]
+        best = np.linalg.lstsq(relative, np.ones(len(found)), rcond=None)[0]
+        if (best >= 0).all():
+            weights[active] = best
+            break
+        active.remove(active[int(best.argmin())])
+    return weights
 
 
 def plan_student(
@@ -174,31 +195,38 @@ def plan_student(
     space: Sequence[Candidate],
     axes: Sequence[Axis],
     layers_of: Callable[[int], tuple[int, ...]],
-    latency: LatencyModel,
+    costs: CostModel,
     rank: Callable[[Candidate], float] | None = None,
+    watts: float | None = None,
 ) -> StudentPlan:
     """The best shape for one budget: that with the highest `rank`, by the module's rule if there is
     none.
 
-    `layers_of(n)` says which n layers are kept. Raises RecipeError for a budget that no shape can
+    `layers_of(n)` says which n layers are kept; `watts` is what the device draws while it computes,
+    for a budget of energy. Raises RecipeError for a budget that no shape can
     meet, with the smallest that one can.
     """
     rank = rank or (lambda c: score(c, axes))
     ranked = sorted(space, key=lambda c: (-rank(c), c.params))
-    if student.budget.latency_ms and not latency.measured:
-        for anchor in _anchors(space):
-            latency.measure(anchor)
-    best = _choose(where, student.budget, ranked, latency)
-    predicted = latency.predict(best) if latency.measured else None
+    limits = timed_limits(student.budget, watts)
+    if limits and not costs.measured:
+        for anchor in anchors(space):
+            costs.measure(anchor)
+    best = _choose(where, student.budget, limits, ranked, costs)
+    predicted = costs.predict(best) if costs.measured else None
     return StudentPlan(
         name=student.name,
         shape=Shape(dict(best.sizes), layers_of(best.num_layers)),
-        cost=Cost(params=best.params, size_bytes=best.size_bytes, latency_ms=predicted),
+        cost=Cost(
+            params=best.params, size_bytes=best.size_bytes,
+            latency_ms=predicted.latency_ms if predicted else None,
+            memory_mb=predicted.memory_mb if predicted else None,
+        ),
         reason=_reason(student.budget, best, axes, len(space)),
     )
 
 
-def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
+def anchors(space: Sequence[Candidate]) -> list[Candidate]:
     """Three small and different shapes: enough for three weights, quick to export."""
     work = sorted(space, key=lambda c: c.matrix_params_per_layer)
     deepest = max(c.num_layers for c in space)
@@ -214,30 +242,53 @@ def _anchors(space: Sequence[Candidate]) -> list[Candidate]:
     return [same[key] for key in dict.fromkeys(wanted)]
 
 
+def timed_limits(budget: BudgetSpec, watts: float | None = None) -> dict[str, float]:
+    """What only a measurement says, by `Sample`'s names. Energy is power times latency."""
+    found = {}
+    if budget.latency_ms is not None:
+        found["latency_ms"] = budget.latency_ms
+    if budget.energy_mj is not None:
+        assert watts is not None  # the recipe checked it
+        found["latency_ms"] = min(budget.energy_mj / watts, found.get("latency_ms", math.inf))
+    if budget.memory_mb is not None:
+        found["memory_mb"] = budget.memory_mb
+    return found
+
+
 def _choose(
-    where: str, budget: BudgetSpec, ranked: Sequence[Candidate], model: LatencyModel
-) -> Candidate:
+    where: str, budget: BudgetSpec, limits: Mapping[str, float], ranked: Sequence[Candidate],
+    model: CostModel,
+) -> Candidate:  # fmt: skip
     fits = within_budget(where, budget, ranked)
-    limit = budget.latency_ms
-    if limit is None:
+    if not limits:
         return fits[0]
+
+    def used(candidate: Candidate, names: Iterable[str] = limits) -> float:
+        """The largest share of a limit, margins included."""
+        sample = model.predict(candidate)
+        return max(getattr(sample, name) / (limits[name] * _MARGIN[name]) for name in names)
+
     for _ in range(_ROUNDS):
-        best = next((c for c in fits if model.predict(c) <= limit * _MARGIN), None)
+        best = next((c for c in fits if used(c) <= 1), None)
         if best is None:
             break
         if best.key in model.measured:
             return best
         model.measure(best)
     # This machine is not as modelled: of what was measured, then, not of what is predicted.
-    seen = [c for c in fits if c.key in model.measured and model.predict(c) <= limit * _MARGIN]
+    seen = [c for c in fits if c.key in model.measured and used(c) <= 1]
     if seen:
         return seen[0]
-    fastest = min(fits, key=model.predict)
-    if model.measure(fastest) <= limit * _MARGIN:
-        return fastest
+    least = min(fits, key=used)
+    model.measure(least)
+    if used(least) <= 1:
+        return least
+    name = max(limits, key=lambda name: used(least, [name]))
+    possible = getattr(model.predict(least), name) / _MARGIN[name]
     raise RecipeError(
-        f"{where}.latency_ms", f"no shape meets {_listed({'latency_ms': limit})}",
-        allowed=f"about {model.predict(fastest) / _MARGIN:.2f} ms or more, on this machine",
+        f"{where}.{name}", f"no shape meets {_listed({name: limits[name]})}",
+        allowed=f"about {possible:.2f} {name.rpartition('_')[2].replace('mb', 'MB')} or more, "
+        "on this machine",
         fix="raise the budget",
     )  # fmt: skip
 
@@ -245,7 +296,7 @@ def _choose(
 def within_budget(
     where: str, budget: BudgetSpec, space: Sequence[Candidate]
 ) -> list[Candidate]:
-    """The shapes that keep the budget, but for its latency, which has to be measured.
+    """The shapes that keep the budget, but for what has to be measured.
 
     Raises RecipeError where there is none, with the smallest that there is.
     """
@@ -279,5 +330,8 @@ def _reason(budget: BudgetSpec, best: Candidate, axes: Sequence[Axis], considere
 
 
 def _listed(asked: Mapping[str, float]) -> str:
-    units = {"params": "{:,} parameters", "size_mb": "{:g} MB", "latency_ms": "{:g} ms"}
+    units = {
+        "params": "{:,} parameters", "size_mb": "{:g} MB", "latency_ms": "{:g} ms",
+        "memory_mb": "{:g} MB of memory", "energy_mj": "{:g} mJ", "retention": "{:.0%} kept",
+    }  # fmt: skip
     return " and ".join(units[key].format(value) for key, value in asked.items())

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from limbeck.architecture.axes import Axis, layer_of
 from limbeck.architecture.fields import Build, Probe, Prober
-from limbeck.architecture.layouts import Part, find_parts
+from limbeck.architecture.layouts import Part, find_parts, member_of
 from limbeck.architecture.moves import Fields, Move, hypotheses, measure
 from limbeck.architecture.naming import (
     Spread,
@@ -130,7 +130,10 @@ def _explain(
         parts, left = find_parts(small.bench, move)
         if not left:
             one = Found(probe, move, tuple(parts))
-            if not _regroups(one, counts):
+            if _is_joint(one) and _has_smaller_units(small, one):
+                reason = f"{', '.join(fields.all)} move together only in units of several"
+                continue
+            if not _regroups(one, counts, small):
                 return one, ""
             second = second or one
             continue
@@ -140,10 +143,29 @@ def _explain(
     return second, reason
 
 
-def _regroups(one: Found, counts: Sequence[Probe]) -> bool:
-    """Whether its blocks are units of a count that does not move with it: heads, most likely."""
-    others = {p.value for p in counts if not set(p.fields) & set(one.move.fields.all)}
-    return any(part.block > 1 and part.units in others for part in one.parts)
+def _regroups(one: Found, counts: Sequence[Probe], small: SmallCopy) -> bool:
+    """Whether its blocks are units of a count that does not move with it: of heads, most likely.
+    It is theirs if it changes nothing once they are zero."""
+    blocks = [part for part in one.parts if part.block > 1]
+    units = {part.units for part in blocks}
+    without = {dim[0] for part in blocks for dim in part.dims}
+    return any(
+        p.value in units and not set(p.fields) & set(one.move.fields.all)
+        and not small.regroups(p, without)
+        for p in counts
+    )  # fmt: skip
+
+
+def _has_smaller_units(small: SmallCopy, one: Found) -> bool:
+    """Whether parts of its blocks are interchangeable too: experts, two for each that is used."""
+    for part in one.parts:
+        factor = next(f for f in range(2, part.block + 1) if part.block % f == 0)
+        units = part.units * factor
+        members = {d: member_of(one.move, d, units, s) for d, s in part.dims.items()}
+        finer = {d: m for d, m in members.items() if m is not None}
+        if len(finer) == len(members) and small.bench.survives(finer, units):
+            return True
+    return False
 
 
 def _queries(small: SmallCopy, one: Found) -> list[Found]:

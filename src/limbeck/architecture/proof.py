@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from limbeck.architecture.axes import Axis, Group
 from limbeck.architecture.fields import Build
-from limbeck.architecture.loaded import TOLERANCE, Loaded, Refused, difference
+from limbeck.architecture.loaded import Loaded, Refused, difference
 from limbeck.architecture.proof_cut import zeroing
 from limbeck.architecture.proof_layers import skipping
 from limbeck.architecture.proof_vocab import renaming
@@ -55,24 +55,28 @@ def prove_axes(
 
 
 def _verdict(axis: Axis, bench: Loaded) -> Axis:
-    tests: tuple[Callable[[Axis, Loaded], str], ...]
-    if axis.labels:
-        tests = (_layout, renaming)
-    elif axis.groups:
-        tests = (_layout, _permutation, zeroing)
-    elif not axis.pattern:
+    if not axis.groups and not axis.pattern:
         return axis  # refused when it was looked for
     try:
         if axis.pattern:
             pinned, reason = skipping(axis, bench)
             return replace(axis, proved=True, pinned=pinned, reason=reason)
-        reason = "; ".join(sentence for test in tests if (sentence := test(axis, bench)))
+        _layout(axis, bench)
+        reason = renaming(axis, bench) if axis.labels else _units(axis, bench)
         return replace(axis, proved=True, reason=reason)
     except Refused as refusal:
         return replace(axis, proved=False, reason=str(refusal))
 
 
-def _layout(axis: Axis, bench: Loaded) -> str:
+def _units(axis: Axis, bench: Loaded) -> str:
+    said, control = _permutation(axis, bench)
+    if control < 10 * bench.limit:  # rounding would hide a mistake
+        bench = bench.wide
+        said, _ = _permutation(axis, bench)
+    return f"{said}; {zeroing(axis, bench)}"
+
+
+def _layout(axis: Axis, bench: Loaded) -> None:
     for group in axis.groups:
         if group.units * (axis.size - axis.granularity) % axis.size:
             raise Refused(f"{group.name} has {group.units} units, which do not follow {axis.size}")
@@ -87,29 +91,30 @@ def _layout(axis: Axis, bench: Loaded) -> str:
             if member.parameter not in bench.saved and not _flat(tensor, member.dim):
                 why = "is computed anew when a model loads, so it cannot follow a permutation"
                 raise Refused(f"{member.parameter} {why}")
-    return ""
 
 
 def _flat(tensor: Tensor, dim: int) -> bool:
     return bool((tensor == tensor.narrow(dim, 0, 1)).all())
 
 
-def _permutation(axis: Axis, bench: Loaded) -> str:
+def _permutation(axis: Axis, bench: Loaded) -> tuple[str, float]:
+    """(What was shown, how much a wrong permutation of some group changes the outputs.)"""
     error = difference(bench.under(bench.moved(axis.groups)), bench.reference)
-    if not error < TOLERANCE:
+    if not error < bench.limit:
         culprit = _culprit(list(axis.groups), bench)
         raise Refused(
             f"permuting the units of {culprit} changes the outputs by {error:.1e}: they are not "
             "interchangeable, or not all of their dimensions are known"
         )
     control = min(_control(group, bench) for group in axis.groups)
-    return f"permuted: outputs differ by {error:.0e}, with one dimension left out by {control:.0e}"
+    shown = f"outputs differ by {error:.0e}, with one dimension left out by {control:.0e}"
+    return f"permuted: {shown}", control
 
 
 def _culprit(groups: list[Group], bench: Loaded) -> str:
     while len(groups) > 1:
         half = groups[: len(groups) // 2]
-        failed = not difference(bench.under(bench.moved(half)), bench.reference) < TOLERANCE
+        failed = not difference(bench.under(bench.moved(half)), bench.reference) < bench.limit
         groups = half if failed else groups[len(groups) // 2 :]
     return groups[0].name
 
@@ -122,7 +127,8 @@ def _control(group: Group, bench: Loaded) -> float:
     seen = 0.0
     for at in torch.randperm(len(matrices), generator=bench.random).tolist()[:_CONTROLS]:
         rest = replace(group, members=tuple(m for m in group.members if m != matrices[at]))
-        seen = bench.change(rest, bench.order(group.units))
+        order = bench.order(group.units)
+        seen = bench.change(rest, order) or bench.wide.change(rest, order)
         if seen:
             break
     if not seen:
@@ -141,4 +147,5 @@ def _has_smaller_units(group: Group, bench: Loaded) -> bool:
         return False
     members = tuple(replace(m, block=m.block // part) for m in group.members)
     finer = replace(group, units=group.units * part, members=members)
-    return not bench.change(finer, torch.arange(finer.units).roll(1))  # each block gets mixed
+    mixed = torch.arange(finer.units).roll(1)  # every block
+    return not (bench.change(finer, mixed) or bench.wide.change(finer, mixed))

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from limbeck.architecture.axes import Axis, Member, find_axis
-from limbeck.architecture.loaded import TOLERANCE, Loaded, Refused, difference
+from limbeck.architecture.fields import numbers
+from limbeck.architecture.loaded import Loaded, Refused, difference
 
 Places = Mapping[tuple[str, int], Tensor]  # (parameter, dimension) -> channels that are kept
 
@@ -45,11 +47,11 @@ def zeroing(axis: Axis, bench: Loaded) -> str:
         reference = bench.under({**zeroed, **constants})
     logits = bench.run(student)
     error, factor = difference(logits, reference), 1.0
-    if not error < TOLERANCE and logits.shape == reference.shape:
+    if not error < bench.limit and logits.shape == reference.shape:
         factor = float((logits * reference).sum() / reference.square().sum().clamp_min(1e-30))
         error = min(error, difference(logits, factor * reference))
     named = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    if not error < TOLERANCE:
+    if not error < bench.limit:
         raise Refused(f"cutting to {named} differs from zeroing the same units by {error:.1e}")
     said = [f"cut to {named} equals zeroed to {error:.0e}"]
     said += [f"but for a factor {factor:.3g} on all outputs"] if factor != 1 else []
@@ -66,10 +68,21 @@ def _student(
     problem: Refused | None = None
     for sizes in _smaller(together):
         try:
-            return sizes, bench.student(bench.shape(sizes), moved)
+            student = bench.student(bench.shape(sizes), moved)
+            _check_config(student.config)  # type: ignore[arg-type]
+            return sizes, student
         except Refused as refusal:  # one size may be special: a projection falls away
             problem = problem or refusal
     raise problem or Refused(f"there is no size below {together[0].size}")
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    """Raises Refused where a config computes a number itself as soon as its file is read."""
+    before, after = numbers(config), numbers(type(config).from_dict(config.to_dict()))
+    for field, value in after.items():
+        if before.get(field, value) != value:
+            why = f"{before[field]} in the smaller model, and {value} once its config is read"
+            raise Refused(f"{field} is {why}: it could not be loaded")
 
 
 def _smaller(together: Sequence[Axis]) -> Iterator[dict[str, int]]:
@@ -151,7 +164,7 @@ def _norms_of(
             full = called(module, lambda _: some.index_select(dim, wide))
             few = called(small, lambda _: some.index_select(dim, narrow))
             error = difference(full.index_select(dim, channels), few)
-            if not error < TOLERANCE:
+            if not error < bench.limit:
                 raise Refused(f"{path} takes other statistics in the smaller model ({error:.1e})")
             few = called(small, lambda value: value.index_select(dim, channels))
             return torch.zeros_like(output).index_copy(dim, channels, few)

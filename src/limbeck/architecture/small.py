@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from limbeck.architecture.fields import Probe, Prober, Value, changed
 from limbeck.architecture.inputs import example_inputs, special_ids
-from limbeck.architecture.twins import Bench, logits_of
+from limbeck.architecture.twins import Bench, doubled, logits_of
 
 _log = logging.getLogger(__name__)
 _BUDGET = 1_500_000  # parameters of the small copy: a float64 backward takes some 20 ms
@@ -63,18 +63,21 @@ class SmallCopy:
     def build(self, values: Mapping[str, Value] | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone
             torch.manual_seed(_SEED)
-            return self.full.build(changed(self.config, values or {})).double().eval()
+            return doubled(self.full.build(changed(self.config, values or {}))).eval()
 
-    def regroups(self, probe: Probe) -> bool:
-        """Whether a field that changes no shape changes the result: a count of heads does."""
+    def regroups(self, probe: Probe, without: Collection[str] = ()) -> bool:
+        """Whether a field that changes no shape changes the result, also `without` these weights
+        (zeros): a count of heads does."""
         field, value = probe.fields[0], self.values[probe.fields[0]]
-        bench = self.bench
+        state = self.bench.model.state_dict()
+        state |= {name: torch.zeros_like(state[name]) for name in without if name in state}
         for other in dict.fromkeys((1, value // 2, value - 1)):
             try:
-                twin = self.build({field: other})
-                twin.load_state_dict(bench.model.state_dict())
+                models = self.build(), self.build({field: other})
+                for model in models:
+                    model.load_state_dict(state)
                 with torch.no_grad():
-                    a, b = (logits_of(m(**bench.inputs)) for m in (bench.model, twin))
+                    a, b = (logits_of(model(**self.bench.inputs)) for model in models)
                 return a.shape == b.shape and not torch.allclose(a, b, rtol=1e-6, atol=0)
             except Exception as error:  # any way to say no, as in Prober.survey
                 _log.debug("%s=%s does not run: %s", field, other, error)

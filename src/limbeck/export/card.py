@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
+from limbeck.report.document import holds
 from limbeck.report.wording import (
     BUDGETS,
+    bound,
     budget_value,
     bytes_text,
     count_text,
@@ -158,9 +160,11 @@ def _budget(student: StudentEntry) -> str:
     rows = []
     for key, limit in student.budget.asked.items():
         found = student.budget.measured[key]
-        met = "not measured yet" if found is None else "met" if found <= limit else "missed"
-        rows.append((BUDGETS[key], budget_value(key, limit), budget_value(key, found), met))
-    return _table(("budget", "at most", "measured", ""), rows)
+        met = "met" if holds(key, limit, found) else "missed"
+        met = "not measured yet" if found is None else met
+        asked = f"{bound(key)} {budget_value(key, limit)}"
+        rows.append((BUDGETS[key], asked, budget_value(key, found), met))
+    return _table(("budget", "limit", "measured", ""), rows)
 
 
 def _file(artifact: Artifact) -> tuple[str, ...]:

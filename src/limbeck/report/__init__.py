@@ -9,13 +9,11 @@ from limbeck.report.document import (
     Capability,
     Environment,
     Fidelity,
-    FrontierPoint,
     Latency,
     Parity,
     Quality,
     Report,
     Retention,
-    ShapeEntry,
     Stage,
     StudentEntry,
     TeacherEntry,
@@ -24,6 +22,7 @@ from limbeck.report.document import (
 )
 from limbeck.report.markdown import markdown
 from limbeck.report.page import page
+from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 from limbeck.report.tables import terminal_table
 from limbeck.report.wording import Verdict, summary, verdicts
 from limbeck.run import write_json, write_text
@@ -46,6 +45,7 @@ __all__ = [
     "StudentEntry",
     "TeacherEntry",
     "TrainingPoint",
+    "UnitImportance",
     "Verdict",
     "markdown",
     "page",

@@ -110,7 +110,8 @@ def scatter(
             body.append(spot.draw(level.label, "note"))
     body += [_whiskers(p, frame) for p in points]
     body += [_mark(p, frame.x(p.x), frame.y(p.y)) for p in points]
-    crowded = len(points) > 14  # then a label that fits nowhere is left to the tooltip
+    # then a label that fits nowhere is left to the tooltip
+    crowded = sum(bool(p.label) for p in points) > 14
     for p in (p for p in points if p.label):
         x, y, label = frame.x(p.x), frame.y(p.y), short(p.label)
         own = [*_covered(p, frame)]

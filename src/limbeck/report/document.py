@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
-BudgetKey = Literal["params", "size_mb", "latency_ms"]
+BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
 
 
 class Quality(Spec):
@@ -121,40 +122,28 @@ class TeacherEntry(Spec):
         return next(a for a in self.artifacts if a.format == self.primary)
 
 
-class ShapeEntry(Spec):
-    """A student's size along each axis (`hidden`, `ffn`, ...), and the layers it keeps."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, int]
-
-    layers: tuple[int, ...]
-    """Indices of the teacher's layers that were kept, ascending."""
-
-    @classmethod
-    def of(cls, sizes: Mapping[str, int], layers: tuple[int, ...]) -> ShapeEntry:
-        return cls.model_validate({"layers": layers, **sizes})
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return dict(self.__pydantic_extra__)
-
-
 class BudgetEntry(Spec):
     """What a student might cost at most, and what it was measured to cost."""
 
     asked: dict[BudgetKey, int | float] = Field(min_length=1)
-    """Upper limits, as the recipe says."""
+    """Limits, as the recipe says: upper ones, but for `retention`."""
     measured: dict[BudgetKey, int | float | None]
     """The same keys; null: could not be measured, so not met."""
+    predicted: dict[BudgetKey, int | float] = Field(default_factory=dict)
+    """What the plan said before any training, where it said anything."""
     met: bool
     """Whether every limit holds."""
 
     @classmethod
     def of(
-        cls, asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]
-    ) -> BudgetEntry:
+        cls, asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None],
+        predicted: Mapping[BudgetKey, float] | None = None,
+    ) -> BudgetEntry:  # fmt: skip
         """With `met` as the numbers say."""
-        return cls(asked={**asked}, measured={**measured}, met=_met(asked, measured))
+        return cls(
+            asked={**asked}, measured={**measured}, predicted={**(predicted or {})},
+            met=_met(asked, measured),
+        )  # fmt: skip
 
     @model_validator(mode="after")
     def _says_what_the_numbers_say(self) -> Self:
@@ -166,8 +155,14 @@ class BudgetEntry(Spec):
 
 
 def _met(asked: Mapping[BudgetKey, float], measured: Mapping[BudgetKey, float | None]) -> bool:
-    found = {key: measured.get(key) for key in asked}
-    return all(value is not None and value <= asked[key] for key, value in found.items())
+    return all(holds(key, limit, measured.get(key)) for key, limit in asked.items())
+
+
+def holds(key: str, limit: float, found: float | None) -> bool:
+    """Whether a limit is kept; what was not measured is not."""
+    if found is None:
+        return False
+    return found >= limit if key == "retention" else found <= limit
 
 
 class Fidelity(Spec):
@@ -226,27 +221,6 @@ class StudentEntry(TeacherEntry):
     """What the student must be better than."""
     trained: bool = True
     """false: cut between the trained sizes of an elastic run."""
-
-
-class FrontierPoint(Spec):
-    """A shape of an elastic run: a trained size, or one between."""
-
-    name: str | None = None
-    """Of the student that has it."""
-    trained: bool
-    """Whether the run taught it, or only what it shares with those that it taught."""
-    shape: ShapeEntry
-    """What it keeps."""
-    params: int = Field(ge=1)
-    """Its parameters."""
-    size_mb: float = Field(gt=0)
-    """Of the primary file, as predicted, 10^6 bytes."""
-    quality: float
-    """On validation rows, fp32; a fraction. No row of it was held out from choosing."""
-    loss: float
-    """Mean cross-entropy on these rows, nats."""
-    n: int = Field(ge=1)
-    """Validation rows."""
 
 
 class Environment(Spec):
@@ -328,6 +302,8 @@ class Report(Spec):
     """Of an elastic run, the largest first."""
     layer_importance: tuple[float, ...] | None = None
     """By the teacher's layer; more is more important."""
+    unit_importance: tuple[UnitImportance, ...] = ()
+    """Of the axes that can be cut."""
     warnings: tuple[str, ...] = ()
     """What a reader must know, in plain sentences."""
 

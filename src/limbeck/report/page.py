@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
-from limbeck.report.document import Capability, Report, StudentEntry
+from limbeck.report.anatomy import unit_figures
+from limbeck.report.document import (
+    Capability,
+    Report,
+    StudentEntry,
+    holds,
+)
 from limbeck.report.figures import (
     frontier_figure,
     importance_figure,
@@ -29,6 +35,7 @@ from limbeck.report.tables import (
 from limbeck.report.tags import scroll, section, sheet, text, words
 from limbeck.report.wording import (
     BUDGETS,
+    bound,
     budget_value,
     bytes_text,
     count_text,
@@ -70,7 +77,8 @@ def _sections(report: Report) -> Iterator[str]:
     yield section("What it costs", "", scatters(report))
     if report.frontier:
         said = "One set of weights holds all of these sizes: the smaller are parts of the larger."
-        yield section("Between the sizes", said, frontier_figure(report))
+        drawn = f'<div class="grid wide">{frontier_figure(report)}</div>'
+        yield section("Between the sizes", said, drawn)
     if any(student.capabilities for student in report.students):
         yield section("What each student kept", _kept_words(report), _kept(report))
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
@@ -81,10 +89,14 @@ def _sections(report: Report) -> Iterator[str]:
     yield section("All numbers", said, _sheet(models_table(report), "Teacher and students"))
     if curves := training_figures(report):
         yield section("Training", "", curves)
-    charts = stages_figure(report) if report.stages else ""
-    charts += importance_figure(report) if report.layer_importance else ""
+    charts = importance_figure(report) if report.layer_importance else ""
+    charts += unit_figures(report)
     if charts:
-        yield section("Where the time went", "", f'<div class="grid wide">{charts}</div>')
+        said = "Measured on training rows before anything was cut; the most important is kept."
+        yield section("What carries the skill", said, f'<div class="grid wide">{charts}</div>')
+    if report.stages:
+        charts = f'<div class="grid wide">{stages_figure(report)}</div>'
+        yield section("Where the time went", "", charts)
     yield section("Files", "", _sheet(files_table(report), "Files"))
     yield _repeat(report)
 
@@ -138,12 +150,12 @@ def _card(report: Report, index: int, student: StudentEntry) -> str:
     rows = "".join(f"<li><b>{text(a)}</b><span>{text(b)}</span></li>" for a, b in facts)
     for key, limit in student.budget.asked.items():
         found = student.budget.measured[key]
-        met = found is not None and found <= limit
+        met = holds(key, limit, found)
         mark = '<b class="ok">✓' if met else '<b class="not">✗'
         brief, briefly = _brief(key, found), _brief(key, limit)
         if brief == briefly:  # a narrow thing is written out
             brief, briefly = budget_value(key, found), budget_value(key, limit)
-        said, at_most = f"{BUDGETS[key]} {brief}", f"at most {briefly}"
+        said, at_most = f"{BUDGETS[key]} {brief}", f"{bound(key)} {briefly}"
         rows += f"<li>{mark} {text(said)}</b><span>{text(at_most)}</span></li>"
     kept, about = "–", "retention not measured"
     if student.retention:

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.document import Capability, Latency, Report, Retention, Stage, TeacherEntry
+from limbeck.report.document import (
+    Capability,
+    Latency,
+    Report,
+    Retention,
+    Stage,
+    TeacherEntry,
+    holds,
+)
 from limbeck.report.wording import (
     BASELINES,
     BUDGETS,
     NONE,
+    bound,
     budget_value,
     bytes_text,
     count_text,
@@ -88,11 +97,14 @@ def budgets_table(report: Report) -> Table:
     for student in report.students:
         for key, limit in student.budget.asked.items():
             found = student.budget.measured[key]
-            met = "met" if found is not None and found <= limit else "missed"
+            met = "met" if holds(key, limit, found) else "missed"
             share = NONE if found is None else percent(found / limit)
-            cells = (budget_value(key, limit), budget_value(key, found), share, met)
+            predicted = budget_value(key, student.budget.predicted.get(key))
+            asked = f"{bound(key)} {budget_value(key, limit)}"
+            cells = (asked, predicted, budget_value(key, found), share, met)
             rows.append((student.name, BUDGETS[key], *cells))
-    return Table(("student", "budget", "at most", "measured", "used", "result"), tuple(rows), 2)
+    heads = ("student", "budget", "limit", "predicted", "measured", "used", "result")
+    return Table(heads, tuple(rows), 2)
 
 
 def baselines_table(report: Report) -> Table:

@@ -14,10 +14,15 @@ from limbeck.report.document import (
     Retention,
     ShapeEntry,
     TeacherEntry,
+    holds,
 )
 
 NONE = "–"  # not measured
-BUDGETS: dict[str, str] = {"params": "parameters", "size_mb": "size", "latency_ms": "latency"}
+BUDGETS: dict[str, str] = {
+    "params": "parameters", "size_mb": "size", "latency_ms": "latency", "memory_mb": "memory",
+    "energy_mj": "energy", "retention": "retention",
+}  # fmt: skip
+_UNITS = {"size_mb": "MB", "latency_ms": "ms", "memory_mb": "MB", "energy_mj": "mJ"}
 BASELINES = {
     "hard_labels": "hard labels", "random_init": "random start", "untaught": "untaught",
     "dedicated": "trained alone",
@@ -52,15 +57,19 @@ def verdicts(report: Report) -> list[Verdict]:
 
 
 def _budget(name: str, key: BudgetKey, limit: float, measured: float | None) -> Verdict:
-    asked, what = budget_value(key, limit), BUDGETS[key]
+    asked, what = f"{bound(key)} {budget_value(key, limit)} asked", BUDGETS[key]
     if measured is None:
-        return Verdict(f"{name}: {what} of at most {asked} asked, but not measured.", False)
+        return Verdict(f"{name}: {what} of {asked}, but not measured.", False)
     found = budget_value(key, measured)
-    if measured <= limit:
-        return Verdict(f"{name} meets its {what} budget: {found}, at most {asked} asked.", True)
-    miss = 100 * (measured / limit - 1)
+    if holds(key, limit, measured):
+        return Verdict(f"{name} meets its {what} budget: {found}, {asked}.", True)
+    miss = 100 * abs(measured / limit - 1)
     by = f"{miss:.1f} %" if miss >= 0.1 else "less than 0.1 %"
-    return Verdict(f"{name} misses its {what} budget by {by}: {found}, {asked} asked.", False)
+    return Verdict(f"{name} misses its {what} budget by {by}: {found}, {asked}.", False)
+
+
+def bound(key: str) -> str:
+    return "at least" if key == "retention" else "at most"
 
 
 def _against(who: str, ours: Quality, other: str, theirs: Quality) -> Verdict:
@@ -149,7 +158,7 @@ def budget_value(key: str, value: float | None) -> str:
         return NONE
     if key == "params":
         return f"{value:,.0f}"
-    return f"{value:,.4g} {'MB' if key == 'size_mb' else 'ms'}"
+    return percent(value, 2) if key == "retention" else f"{value:,.4g} {_UNITS[key]}"
 
 
 def count_text(value: int) -> str:

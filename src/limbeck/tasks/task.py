@@ -84,6 +84,11 @@ class Task(Protocol):
         """A plain Hugging Face folder, with the tokenizer or the like of the folder `origin`."""
         ...
 
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """Fields of a config that the data decide: another model of the task has the same."""
+        ...
+
     def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
         """What the exported file takes."""
         ...

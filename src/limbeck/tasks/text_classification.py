@@ -118,6 +118,10 @@ class TextClassification:
         save_model(model, folder, labels=self.labels)
         save_tokenizer(origin, folder, max_tokens=self.max_tokens)
 
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        return ("vocab_size", "pad_token_id")
+
     def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
         vocab_size: int = config.vocab_size
         mask = Input(
