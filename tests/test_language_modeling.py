@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny_language
@@ -360,6 +360,7 @@ def test_parquet_text_files_and_folders_hold_the_same(tmp_path):
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+@settings(deadline=None)
 def test_packing_holds_every_piece_once_within_the_limit(lengths):
     rows = packed(lengths, 20)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
@@ -369,6 +370,7 @@ def test_packing_holds_every_piece_once_within_the_limit(lengths):
 
 
 @given(st.integers(1, 60), st.integers(2, 20))
+@settings(deadline=None)
 def test_windows_predict_each_token_once(length, size):
     piece = Piece(3, np.arange(length, dtype=np.int32), np.arange(length) % 3 > 0)
     found = [*windows(piece, size)]
