@@ -1,6 +1,5 @@
 """A GGUF file says what its folder says: tokens, weights, template; what is damaged is refused."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -264,12 +263,17 @@ def test_whole_words_go_before_merges_where_they_did(tmp_path, whole_words):
     assert ids == [259] if whole_words else len(ids) == 3
     for text in ("sea", TEXT):
         assert load_tokenizer(tmp_path / "back", where="x")(text) == tokenizer(text)
-    if importlib.util.find_spec("llama_cpp"):
-        with llama_cpp_runner.opened(tmp_path / "m.gguf") as other:
-            assert llama_cpp_runner.tokens(other, TEXT + " sea") == tokenizer(TEXT + " sea")[
-                "input_ids"
-            ]
-            assert llama_cpp_runner.tokens(other, "sea") == ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_llama_cpp_puts_whole_words_where_they_were(tmp_path, whole_words):
+    tokenizer = llama3_like(whole_words=whole_words)
+    save_causal(tiny_language.model(vocab_size=261), tokenizer, tmp_path / "m")
+    write_gguf(tmp_path / "m", tmp_path / "m.gguf", "f32", name="tiny", where="x")
+    with llama_cpp_runner.opened(tmp_path / "m.gguf") as other:
+        for text in ("sea", f"{TEXT} sea"):
+            assert llama_cpp_runner.tokens(other, text) == tokenizer(text)["input_ids"]
 
 
 def test_a_folder_with_one_gguf_file_is_unpacked_and_another_is_left_alone(llama, file, tmp_path):
