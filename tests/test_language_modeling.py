@@ -15,11 +15,16 @@ from hypothesis import strategies as st
 import tiny_language
 from limbeck.causal import load_causal
 from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.measure_language import score_documents
+from limbeck.objective import Objective
 from limbeck.observe import tokens
 from limbeck.progress import Silent
+from limbeck.recipe import TrainingSpec
 from limbeck.signals.capture import capture
+from limbeck.signals.codecs import TopK
 from limbeck.signals.dense import Dense
 from limbeck.signals.store import open_store
+from limbeck.step import Training
 from limbeck.tasks.causal_rows import Rows, sees_other_documents
 from limbeck.tasks.conversations import Encoder
 from limbeck.tasks.language_modeling import CausalData, LanguageModeling, prepare, shown
@@ -28,6 +33,7 @@ from limbeck.tasks.records import Columns, read_records
 from limbeck.tasks.task import SPLITS
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import StoredTeacher
+from limbeck.train import train
 from limbeck.types import Need
 
 TOKENIZER = tiny_language.tokenizer()
@@ -337,6 +343,27 @@ def test_what_a_teacher_said_is_read_back_position_by_position(prepared, llama, 
     stored = StoredTeacher(store=store, fingerprint="teacher", temperature=1.0)
     found = stored.signal(batch, frozenset({Need.LOGITS})).targets.logits
     assert torch.allclose(found, live, atol=1e-4) and len(found) == batch.mask.sum()
+
+
+@pytest.mark.parametrize("backend", ["dense", "fused"])
+def test_a_student_learns_from_what_was_stored_of_packed_rows(prepared, llama, tmp_path, backend):
+    rows = prepared(texts(), "text", layout="pack").rows("train")
+    model = load_causal(llama, where="x")
+    capture(
+        LiveTeacher(model, "t"), rows, {tmp_path / "s": TopK(64)}, made_from={}, progress=Silent()
+    )
+    stored = StoredTeacher(store=open_store(tmp_path / "s"), fingerprint="t", temperature=1.0)
+    student = load_causal(tiny_language.save(tmp_path / "student", seed=5), where="x")
+    before = score_documents(student, rows, teacher=model).mean_kl(seed=0).value
+    spec = TrainingSpec(epochs=8, batch_size=4, learning_rate=5e-3, backend=backend)
+    objective = Objective(soft_weight=1.0, hard_weight=0.0)
+    training = Training(
+        rows=rows, teacher=stored, objective=objective, spec=spec, seed=0, title="student"
+    )
+    (tmp_path / "run").mkdir()
+    train(student, training, tmp_path / "run", Silent())
+    after = score_documents(student.eval(), rows, teacher=model).mean_kl(seed=0).value
+    assert after < before / 2
 
 
 def test_parquet_text_files_and_folders_hold_the_same(tmp_path):
