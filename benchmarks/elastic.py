@@ -232,25 +232,28 @@ def compared(options: argparse.Namespace) -> Results:
             print("  " + "\n  ".join(said))
         return seconds
 
-    for seed in range(options.seeds):
-        if "dedicated" in options.what:
-            seconds = students("dedicated", setting, seed)
-        else:
-            seconds = {
-                name: setting.trained(setting.family(name), 16, 1e-9, seed, Sampling()) / 16 * steps
-                for name in names
-            }
+    def families(seconds: Found, seed: int) -> None:
         whole = sum(seconds.values())
         sampling = sampling_of(options, setting.family(names), seconds)
         pilot = setting.family(names)
         mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
-        for cost in options.cost if "elastic" in options.what else ():
+        for cost in options.cost:
             family, count = setting.family(names), round(cost * whole / mean)
             taken = setting.trained(family, count, options.rate, seed, sampling)
             found, text = accuracy(family, rows, far)
             results.setdefault(f"elastic {cost:g}", []).append(found)
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
+
+    for seed in range(options.seeds):
+        seconds: Found = {}
+        if "dedicated" in options.what:
+            seconds = students("dedicated", setting, seed)
+        if "elastic" in options.what:
+            for name in set(names) - {*seconds}:
+                pilot = setting.trained(setting.family(name), 16, 1e-9, seed, Sampling())
+                seconds[name] = pilot / 16 * steps
+            families(seconds, seed)
         if "random" in options.what:
             students("random", setting.from_random_weights(seed), seed)
         if options.json:
