@@ -29,8 +29,8 @@ from limbeck.tasks.splits import hold_out, limited
 from limbeck.tasks.task import SPLITS
 from limbeck.types import Input
 
-# SmolLM2's: tokenizer.json has 72 bytes for each of 49,152 tokens, a GGUF file 36. A file for another
-# runtime is for whoever adds it to the recipe's formats.
+# SmolLM2's tokenizer.json has 72 bytes for each of 49,152 tokens (a GGUF file has 36). Other
+# formats are for whoever adds them to the recipe.
 _OVERHEAD = {"hf": (3_530_000, 1_000)}
 
 
