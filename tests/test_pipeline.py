@@ -162,7 +162,7 @@ def test_the_teacher_depends_on_the_model_it_starts_from_not_only_on_the_data(tm
             uri="m", path=tmp_path, sha256=sha256, size_bytes=1, origin="local", licence=None,
             fetched="2026-11-24",
         )  # fmt: skip
-        sources = Sources(fetched, fetched, None)
+        sources = Sources(fetched, fetched, None, None)
         still = _Still(Recorder(), load_recipe("quickstart")[0], Silent(), sources)
         return still.teacher(Made(tmp_path, "same data"))
 
