@@ -235,25 +235,28 @@ def compared(options: argparse.Namespace) -> Results:
             print("  " + "\n  ".join(said))
         return seconds
 
-    for seed in range(options.seeds):
-        if "dedicated" in options.what:
-            seconds = students("dedicated", setting, seed)
-        else:
-            seconds = {
-                name: setting.trained(setting.family(name), 16, 1e-9, seed, Sampling()) / 16 * steps
-                for name in names
-            }
+    def families(seconds: Found, seed: int) -> None:
         whole = sum(seconds.values())
         sampling = sampling_of(options, setting.family(names), seconds)
         pilot = setting.family(names)
         mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
-        for cost in options.cost if "elastic" in options.what else ():
+        for cost in options.cost:
             family, count = setting.family(names), round(cost * whole / mean)
             taken = setting.trained(family, count, options.rate, seed, sampling)
             found, text = accuracy(family, rows, far)
             results.setdefault(f"elastic {cost:g}", []).append(found)
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
+
+    for seed in range(options.seeds):
+        seconds: Found = {}
+        if "dedicated" in options.what:
+            seconds = students("dedicated", setting, seed)
+        if "elastic" in options.what:
+            for name in set(names) - {*seconds}:
+                pilot = setting.trained(setting.family(name), 16, 1e-9, seed, Sampling())
+                seconds[name] = pilot / 16 * steps
+            families(seconds, seed)
         if "random" in options.what:
             students("random", setting.from_random_weights(seed), seed)
         if options.json:
@@ -277,29 +280,35 @@ def sampling_of(
 
 
 def summary(results: Results) -> list[dict[str, Any]]:
-    """A row for each setting and size, worst first."""
+    """A row for each setting and size; against dedicated students worst first."""
     out = []
     alone = results.get("dedicated", [])
-    for what, by_seed in results.items() if alone else ():
+    for what, by_seed in results.items():
         rows = []
-        for name in alone[0] if what != "dedicated" else ():
-            over = [ours[name] - theirs[name] for ours, theirs in zip(by_seed, alone, strict=True)]
-            ours, theirs = (statistics.mean(f[name] for f in found) for found in (by_seed, alone))
-            rows.append({"measure": "accuracy", "setting": f"{what}, size {name}", "ours": ours,
-                         "other": theirs, "other_name": "dedicated", "ratio": ours / theirs,
-                         "unit": "%", "n": len(over), "over": over})  # fmt: skip
-        out += sorted(rows, key=lambda row: row["ours"] - row["other"])
+        for name in by_seed[0]:
+            each = [found[name] for found in by_seed]
+            rows.append({
+                "measure": "accuracy", "setting": what, "size": name, "unit": "%",
+                "ours": statistics.mean(each), "n": len(each), "by_seed": each,
+            })  # fmt: skip
+            if alone and what != "dedicated":
+                theirs = [found[name] for found in alone]
+                over = [mine - other for mine, other in zip(each, theirs, strict=False)]
+                rows[-1] |= {"other": statistics.mean(theirs), "other_name": "dedicated",
+                             "over": over}  # fmt: skip
+        out += sorted(rows, key=lambda row: statistics.mean(row.get("over", [0])))
     return out
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    for what, of_setting in itertools.groupby(rows, lambda row: row["setting"].split(",")[0]):
+    compared_ones = [row for row in rows if "over" in row]
+    for what, of_setting in itertools.groupby(compared_ones, lambda row: row["setting"]):
         print(f"\n{what}: difference from the dedicated student, points, worst first")
         means = []
         for row in of_setting:
             over = row["over"]
             means.append(statistics.mean(over))
-            print(f"{row['setting'][-1]}  {means[-1]:+6.2f} ({min(over):+.2f} to {max(over):+.2f})"
+            print(f"{row['size']}  {means[-1]:+6.2f} ({min(over):+.2f} to {max(over):+.2f})"
                   f"  {row['ours']:.2f} %, alone {row['other']:.2f} %")  # fmt: skip
         print(f"mean {statistics.mean(means):+.2f}")
 

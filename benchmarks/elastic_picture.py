@@ -1,12 +1,22 @@
-"""A small plot as an SVG file: points and lines over a logarithmic axis."""
+"""Small plots as SVG files: points and lines over a logarithmic axis.
+
+    python benchmarks/elastic.py runs/quickstart --json FILE
+    python benchmarks/elastic_picture.py FILE... OUT.svg
+
+draws what `elastic.py` found: accuracy by size, means and spread over the seeds.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from elastic import _SHAPES
 
 _WIDTH, _HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 40, 46
@@ -83,3 +93,38 @@ def draw(path: Path, title: str, x_label: str, series: Sequence[Series]) -> None
 def _ticks(low: float, high: float) -> list[float]:
     every = [m * 10**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
     return [tick for tick in every if low <= math.log10(tick) <= high]
+
+
+_COLOURS = {
+    "dedicated": "#222", "elastic 0.25": "#9cc3e6", "elastic 0.5": "#4a90c8",
+    "elastic 1": "#1f4f8f", "random": "#c2571a",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("found", type=Path, nargs="+", help="JSON of elastic.py")
+    parser.add_argument("svg", type=Path)
+    options = parser.parse_args()
+    rows = [row for path in options.found for row in json.loads(path.read_text(encoding="utf-8"))]
+    series = []
+    for what, colour in _COLOURS.items():
+        of_it = sorted((_weights(row["size"]), row) for row in rows if row["setting"] == what)
+        if of_it:
+            name = {"random": "random starts"}.get(what, what.replace("elastic ", "family, cost "))
+            series.append(Series(
+                name, [(x, row["ours"]) for x, row in of_it], colour,
+                spread=[(min(row["by_seed"]), max(row["by_seed"])) for _, row in of_it],
+            ))  # fmt: skip
+    draw(options.svg, "Five sizes: accuracy on test rows, %", "% of the encoder's weights", series)
+
+
+def _weights(size: str) -> float:
+    """Of a student's encoder, % of MiniLM's."""
+    heads, ffn, layers = _SHAPES[size]
+    width = 32 * heads
+    return 100 * layers * (4 * width**2 + 2 * width * ffn) / (6 * (4 * 384**2 + 2 * 384 * 1536))
+
+
+if __name__ == "__main__":
+    main()

@@ -102,14 +102,15 @@ def trimming(folder: Path, texts: Sequence[str], *, quick: bool) -> list[dict[st
         assert scores.documents.tolist() == full.documents.tolist()
         kept = {*trim.kept}
         same = np.array([{*tokenizer(texts[i])["input_ids"]} <= kept for i in full.documents])
-        before, after = (
-            math.exp(s.nll[same].sum() / s.num_tokens[same].sum()) for s in (full, scores)
-        )
+        there = ["-", "-"]
+        if same.any():
+            there = [f"{math.exp(s.nll[same].sum() / s.num_tokens[same].sum()):.2f}"
+                     for s in (full, scores)]  # fmt: skip
         bits = scores.bits_per_byte(num_bytes, seed=0)
         num = sum(p.numel() for p in small.parameters())
         print(
             f"{f'{len(trim.kept):,} (>= {least})':>22} {num:>12,} {interval(bits):>24} "
-            f"{f'{before:.2f} -> {after:.2f}, n = {same.sum()}':>30}", flush=True,
+            f"{f'{there[0]} -> {there[1]}, n = {same.sum()}':>30}", flush=True,
         )  # fmt: skip
         rows.append(
             {"measure": "bits per byte, trimmed, untrained", "setting": f"at least {least}",

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 import llama_cpp_runner
 import tiny_language
@@ -21,8 +22,9 @@ from limbeck.causal import (
 )
 from limbeck.errors import SourceError
 from limbeck.export.gguf import splitting_name, write_gguf
+from limbeck.fast_tokenizer import rebuilt
 from limbeck.generating import Sampling, generate
-from limbeck.gguf_source import read_header
+from limbeck.gguf_source import SPLITS, read_header
 from limbeck.models import load_tokenizer
 from limbeck.trimming import choose_tokens, count_tokens, trim_model, trim_tokenizer
 from tiny_language import log_probs
@@ -230,7 +232,48 @@ def test_a_model_or_splitting_without_a_name_in_llama_cpp_is_not_written(tiny, t
     with pytest.raises(SourceError, match="holds a Bert"):
         write_gguf(tiny / "teacher", tmp_path / "m.gguf", "f16", name="tiny", where="x")
     with pytest.raises(SourceError, match="splits text by rules that"):
-        splitting_name({"type": "Whitespace"}, where="x")
+        splitting_name({"model": {}, "pre_tokenizer": {"type": "Whitespace"}}, where="x")
+
+
+def llama3_like(*, whole_words: bool) -> PreTrainedTokenizerFast:
+    """Llama 3's rules and 261 tokens, of which no merges lead to `sea`."""
+    state = json.loads(tiny_language.tokenizer().backend_tokenizer.to_str())
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {t: i for i, t in enumerate([*tiny_language.SPECIALS, *sorted(letters), "sea", "th"])}
+    state["model"] |= {"vocab": vocab, "merges": [["t", "h"]], "ignore_merges": whole_words}
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLITS["llama-bpe"]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return rebuilt(tiny_language.tokenizer(), backend)
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_whole_words_go_before_merges_where_they_did(tmp_path, whole_words):
+    tokenizer = llama3_like(whole_words=whole_words)
+    save_causal(tiny_language.model(vocab_size=261), tokenizer, tmp_path / "m")
+    write_gguf(tmp_path / "m", tmp_path / "m.gguf", "f32", name="tiny", where="x")
+    name = read_header(tmp_path / "m.gguf", where="x").metadata["tokenizer.ggml.pre"]
+    assert name == {True: "llama-bpe", False: "smaug-bpe"}[whole_words]
+    unpack_gguf(tmp_path / "m.gguf", tmp_path / "back", where="x")
+    ids = tokenizer("sea")["input_ids"]
+    assert ids == [259] if whole_words else len(ids) == 3
+    for text in ("sea", TEXT):
+        assert load_tokenizer(tmp_path / "back", where="x")(text) == tokenizer(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_llama_cpp_puts_whole_words_where_they_were(tmp_path, whole_words):
+    tokenizer = llama3_like(whole_words=whole_words)
+    save_causal(tiny_language.model(vocab_size=261), tokenizer, tmp_path / "m")
+    write_gguf(tmp_path / "m", tmp_path / "m.gguf", "f32", name="tiny", where="x")
+    with llama_cpp_runner.opened(tmp_path / "m.gguf") as other:
+        for text in ("sea", f"{TEXT} sea"):
+            assert llama_cpp_runner.tokens(other, text) == tokenizer(text)["input_ids"]
 
 
 def test_a_folder_with_one_gguf_file_is_unpacked_and_another_is_left_alone(llama, file, tmp_path):

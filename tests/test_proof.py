@@ -123,6 +123,7 @@ class Toy(nn.Module):
         elif config.kind == "group norm":
             self.norm = nn.GroupNorm(2, width)
         self.scale = width**-0.5 if config.kind == "scale" else 1.0
+        self.faint = 1e-6 if config.kind == "faint" else 1.0
 
     def forward(self, pixel_values):
         x = torch.relu(self.one(pixel_values.flatten(1)))
@@ -130,7 +131,7 @@ class Toy(nn.Module):
             x = self.norm(x)
         if self.config.kind == "mean":
             x = x - x.mean(1, keepdim=True)
-        return self.two(x * self.scale)
+        return self.two(x * self.scale) * self.faint + pixel_values.flatten(1)[:, :3]
 
 
 class Stubborn(PretrainedConfig):
@@ -170,6 +171,21 @@ def test_a_cut_is_the_full_model_with_these_units_zeroed(kind, reason):
     (found,) = prove_axes(model, config, Toy, [axis], inputs, seed=0)
     assert reason in found.reason
     assert found.proved == (kind in ("plain", "layer norm", "scale"))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_effect_that_single_precision_hides_is_looked_at_in_double(whole):
+    """A wrong permutation of these units changes the outputs by a millionth."""
+    config = PretrainedConfig(hidden_size=8, kind="faint")
+    torch.manual_seed(0)
+    model = Toy(config).eval()
+    names = [("one.weight", 0), ("two.weight", 1)] + [("one.bias", 0)] * whole
+    group = Group("width", 8, tuple(Member(n, d) for n, d in names))
+    axis = Axis(name="width", fields={"hidden_size": 1}, size=8, groups=(group,))
+    inputs = {"pixel_values": torch.randn(5, 6)}
+    (found,) = prove_axes(model, config, Toy, [axis], inputs, seed=0)
+    assert found.proved == whole
+    assert whole or "not all of their dimensions are known" in found.reason
 
 
 def test_layers_that_differ_from_skipped_are_pinned():

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -86,6 +86,7 @@ mixed = st.lists(words | unicode, max_size=8).map(" ".join)
 
 @pytest.mark.parametrize("kind", ["smol", "whole", "pieces"])
 @given(text=mixed)
+@settings(deadline=None)
 def test_every_string_comes_back(kind, text):
     whole = kinds()[kind]
     for _, small in domains(kind):
@@ -97,6 +98,7 @@ def test_every_string_comes_back(kind, text):
 
 @pytest.mark.parametrize("kind", ["smol", "whole", "pieces"])
 @given(text=mixed)
+@settings(deadline=None)
 def test_a_text_whose_tokens_are_kept_has_the_same_tokens(kind, text):
     for trim, small in domains(kind):
         old = kinds()[kind](text)["input_ids"]

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from limbeck.errors import MissingExtraError, SourceError
-from limbeck.gguf_source import DIGITS, SPLITS
+from limbeck.gguf_source import DIGITS, SPLITS, WHOLE_WORDS
 from limbeck.models import load_tokenizer
 from limbeck.run import replaced
 
@@ -181,7 +181,7 @@ def _add_tokenizer(
         kinds.append(kind if i in named else _UNUSED)
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting_name(state["pre_tokenizer"], where=where))
+    writer.add_tokenizer_pre(splitting_name(state, where=where))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
@@ -200,25 +200,30 @@ def _add_tokenizer(
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def splitting_name(pre_tokenizer: dict[str, Any], *, where: str) -> str:
-    """llama.cpp's name for how text is split before the merges, from `tokenizer.json`.
+def splitting_name(state: dict[str, Any], *, where: str) -> str:
+    """llama.cpp's name for how text is split before the merges, and whether whole words go before
+    them, from the contents of `tokenizer.json`.
 
-    Raises SourceError where it has none: with other rules the file would cut other tokens.
+    Raises SourceError where it has none: under another the file would cut other tokens.
     """
-    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    whole_words = bool(state["model"].get("ignore_merges"))
+    steps = state["pre_tokenizer"].get("pretokenizers") or [state["pre_tokenizer"]]
     kinds = [step["type"] for step in steps]
     last = steps[-1]
+    found: list[str] = []
     if not last.get("add_prefix_space"):
         if kinds == ["ByteLevel"] and last.get("use_regex", True):
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-            return DIGITS[0]
-        if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+            found = ["gpt-2"]
+        elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+            found = [*DIGITS]
+        elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
             pattern = steps[0]["pattern"].get("Regex")
-            for name, known in SPLITS.items():
-                if known is not None and known == pattern:
-                    return name
+            found = [name for name, known in SPLITS.items() if known and known == pattern]
+    for name in found:
+        if (name in WHOLE_WORDS) == whole_words:
+            return name
     raise SourceError(
-        where, f"its tokenizer splits text by rules that llama.cpp has no name for: {kinds}",
+        where, "its tokenizer splits text by rules that llama.cpp has no name for: "
+        f"{', '.join(kinds)}{', whole words first' if whole_words else ''}",
         allowed=", ".join([*SPLITS, DIGITS[0]]), fix="leave GGUF out for this model",
     )  # fmt: skip
