@@ -61,6 +61,8 @@ class Stretches:
 
     tokens: Tensor  # (N, T) int64
 
+    num_views = 1
+
     def __len__(self) -> int:
         return len(self.tokens)
 

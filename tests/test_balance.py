@@ -20,6 +20,8 @@ CLASSES = 5
 
 
 class Rows:
+    num_views = 1
+
     def __len__(self):
         return 64
 

@@ -52,6 +52,8 @@ class Rows:
         draw = torch.Generator().manual_seed(0)
         self.tokens = [torch.randint(4, 90, (3 + i % 5,), generator=draw) for i in range(12)]
 
+    num_views = 1
+
     def __len__(self) -> int:
         return 12
 

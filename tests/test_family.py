@@ -56,6 +56,8 @@ def batch(start, end):
 
 
 class Eight:
+    num_views = 1
+
     def __len__(self):
         return 8
 

@@ -24,6 +24,8 @@ ALL = frozenset({Need.LOGITS, Need.HIDDEN, Need.EMBEDDING})
 
 
 class Rows:
+    num_views = 1
+
     def __len__(self):
         return 48
 

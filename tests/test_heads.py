@@ -52,6 +52,8 @@ def causal(config, seed=0):
 
 
 class Rows:
+    num_views = 1
+
     def __len__(self):
         return 24
 

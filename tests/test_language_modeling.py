@@ -30,7 +30,8 @@ from limbeck.tasks.conversations import Encoder
 from limbeck.tasks.language_modeling import CausalData, LanguageModeling, prepare, shown
 from limbeck.tasks.packing import Piece, packed, windows
 from limbeck.tasks.records import Columns, read_records
-from limbeck.tasks.task import SPLITS
+from limbeck.tasks.task import SPLITS, Task
+from limbeck.tasks.task import Rows as RowsOfTask
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import StoredTeacher
 from limbeck.train import train
@@ -316,6 +317,8 @@ def test_it_is_a_task_of_the_pipeline(prepared, llama, tiny, tmp_path):
     assert model.config.use_cache is False
     assert task.preprocessing(tmp_path / "saved") == task.preprocessing(llama)
     assert task.example().endswith("to be predicted")
+    asked = {name for part in (Task, RowsOfTask) for name in vars(part) if name[0] != "_"}
+    assert not {name for name in asked if not hasattr(task, name)} - {*dir(task.rows("train"))}
     model.projector = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"projector\.bias"):
         task.save(model, llama, tmp_path / "again")

@@ -28,6 +28,7 @@ class Rows:
     documents: tuple[np.ndarray, ...]  # N arrays: their numbers in the file they came from
     pad_id: int
     layout: str
+    num_views = 1
 
     def __len__(self) -> int:
         return len(self.ids)

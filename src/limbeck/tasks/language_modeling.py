@@ -29,6 +29,10 @@ from limbeck.tasks.splits import hold_out, limited
 from limbeck.tasks.task import SPLITS
 from limbeck.types import Input
 
+# SmolLM2's tokenizer.json has 72 bytes for each of 49,152 tokens (a GGUF file has 36). Other
+# formats are for whoever adds them to the recipe.
+_OVERHEAD = {"hf": (3_530_000, 1_000)}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CausalData:
@@ -60,6 +64,7 @@ class LanguageModeling:
     folder: Path | None = None
 
     labels: tuple[str, ...] = ()
+    calibrated = False
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -103,6 +108,13 @@ class LanguageModeling:
 
     def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:
         save_causal(model, load_tokenizer(origin, where=str(origin)), folder)
+
+    def overhead(self, format: str) -> tuple[int, int]:
+        return _OVERHEAD[format]
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        return ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
     def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
         vocab_size: int = config.vocab_size
