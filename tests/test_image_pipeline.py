@@ -217,6 +217,17 @@ def test_after_training_the_statistics_are_those_of_the_training_rows(tmp_path):
     assert torch.allclose(stem.normalization.running_var, spread, rtol=0.05)
 
 
+def test_statistics_of_other_weights_leave_no_trace():
+    one, model, fresh = rows(n=48), resnet(), resnet(seed=1)
+    measure_statistics(model, one, seed=0)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+            mine.copy_(theirs)
+    for each in (model, fresh):
+        measure_statistics(each, one, seed=0)
+    assert same(model, fresh)
+
+
 def test_a_killed_training_ends_with_the_same_bytes_statistics_included(tmp_path):
     class Killed(Silent):
         @contextlib.contextmanager
@@ -234,7 +245,8 @@ def test_a_killed_training_ends_with_the_same_bytes_statistics_included(tmp_path
     whole = taught(resnet(), tmp_path / "whole")
     with patch.object(train, "_SAVE_EVERY", -1.0):
         with pytest.raises(KeyboardInterrupt):
-            taught(resnet(), tmp_path / "killed", Killed())
+            taught(half := resnet(), tmp_path / "killed", Killed())
+        assert not norms_of(half)[0].running_mean.any(), "shares side by side remember nothing"
         assert (tmp_path / "killed/checkpoint.json").is_file()
         resumed = taught(resnet(), tmp_path / "killed")
     assert same(whole, resumed)

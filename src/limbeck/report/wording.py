@@ -136,6 +136,8 @@ def _times(before: float, after: float, better: str, worse: str) -> str | None:
 
 def shape_text(shape: ShapeEntry) -> str:
     sizes = [f"{axis} {size}" for axis, size in shape.sizes.items()]
+    if not shape.layers and sizes:  # of stages, each with a number of layers among its sizes
+        return " · ".join(sizes)
     layers = ", ".join(str(layer) for layer in shape.layers) or "none"
     return " · ".join([*sizes, f"layers {layers}"])
 
