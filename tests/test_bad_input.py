@@ -219,6 +219,12 @@ def no_text(folder):
     Vit(config).save_pretrained(folder)
 
 
+def eight_bits(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def other_labels(folder):
     save_bert(folder, id2label={0: "class 0", 1: "class 1", 2: "spam"})
 
@@ -247,6 +253,7 @@ def no_head(folder):
         (strangers_code, "config.json does not load"),
         (strangers_tokenizer, "tokenizer"),
         (no_text, "of type 'vit'"),
+        (eight_bits, "holds quantised weights (bitsandbytes)"),
         (other_labels, "has labels class 0, class 1, spam"),
         (no_head, "has no classification head"),
     ],

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -18,7 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from limbeck.errors import SourceError
 from limbeck.gguf_source import GGUFHeader, read_gguf
-from limbeck.models import load_model
+from limbeck.models import load_model, read_any_config
 
 _DECODERS = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 
@@ -76,13 +75,7 @@ def save_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 def read_causal_config(folder: Path, *, where: str) -> PretrainedConfig:
     """The folder's config. Raises SourceError unless it is that of a causal language model."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each architecture has its own
-        raise SourceError(
-            where, f"{folder}/config.json does not load: {str(error).splitlines()[0][:200]}",
-            allowed="a model's folder", fix="fetch or save the model again",
-        ) from error  # fmt: skip
+    config = read_any_config(folder, where=where, allowed="a model's folder")
     names = config.architectures or ["model of no class"]
     if not {*names} & _DECODERS:
         raise SourceError(

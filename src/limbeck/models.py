@@ -29,17 +29,25 @@ _ENCODERS = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConfig:
-    """Of whatever model. Raises SourceError where transformers does not know it."""
+    """Of whatever model. Raises SourceError where transformers does not know it, or where its
+    weights are quantised: nothing can be cut out of those, nor taught."""
     if not (folder / "config.json").is_file():
         found = f"there is no config.json in {folder}" if folder.is_dir() else f"{folder} is a file"
         raise SourceError(where, found, allowed=allowed, fix="name a model's folder")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture has its own
         raise SourceError(
             where, f"{folder}/config.json does not load: {_first_line(error)}", allowed=allowed,
             fix="mend it, or fetch the model again",
         ) from error  # fmt: skip
+    if packed := getattr(config, "quantization_config", None):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        raise SourceError(
+            where, f"{folder} holds quantised weights ({method})", allowed="fp32, fp16 or bf16",
+            fix="name the model that they were made from, or dequantise and save it first",
+        )  # fmt: skip
+    return config
 
 
 def read_config(folder: Path, *, where: str) -> PretrainedConfig:
@@ -169,7 +177,7 @@ def load_model(folder: Path, *, where: str) -> PreTrainedModel:
     """
     allowed = "a folder with the config.json and *.safetensors of a model that transformers knows"
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_any_config(folder, where=where, allowed=allowed)
         made = auto_class(config, where=where)
         model, report = made.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
