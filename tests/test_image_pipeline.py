@@ -32,7 +32,7 @@ from limbeck.recipe_teaching import TrainingSpec
 from limbeck.runtime import load_predictor
 from limbeck.signals.store import open_store
 from limbeck.stages import live_teacher, verify_signals
-from limbeck.statistics import measure_statistics, norms_of
+from limbeck.statistics import forget, measure_statistics, norms_of
 from limbeck.step import Training
 from limbeck.tasks.image_classification import Rows, open_task
 from limbeck.tasks.task import AllViews
@@ -220,6 +220,7 @@ def test_after_training_the_statistics_are_those_of_the_training_rows(tmp_path):
 def test_statistics_of_other_weights_leave_no_trace():
     one, model, fresh = rows(n=48), resnet(), resnet(seed=1)
     measure_statistics(model, one, seed=0)
+    forget(model)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
             mine.copy_(theirs)

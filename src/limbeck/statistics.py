@@ -46,9 +46,9 @@ def measure_statistics(model: nn.Module, rows: Rows, *, seed: int) -> None:
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.track_running_stats = True  # without it, torch's reset does nothing
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
-        norm.track_running_stats = True
         norm.train()
     total = len(rows) * rows.num_views
     at = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_ROWS].tolist()
