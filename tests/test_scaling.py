@@ -9,9 +9,13 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import limbeck
+from limbeck import scaling
 from limbeck.cli import main
 from limbeck.errors import RecipeError, RunFolderError
-from limbeck.recipe_file import validate
+from limbeck.progress import Silent
+from limbeck.recipe_file import load_recipe, validate
+from limbeck.run import write_json
+from limbeck.stages import places_of
 from tiny_world import make_known_world, quickly
 
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 40, 41, 42, 3]])
@@ -103,6 +107,9 @@ def test_scale_adds_a_student_without_training(world, run, capsys):
     assert {name for name in anew if not name.startswith("students/middle/")} == set()
     assert not {name for name in report.training if name.startswith("middle")}
     torch.testing.assert_close(logits(family.cut(params=budget)), student(run, "middle"))
+    within = [p for p in report.frontier if p.params <= budget]
+    best = min(within, key=lambda p: p.loss)
+    assert middle.params == best.params and len({p.loss for p in within}) > 1
     assert [p.name for p in report.frontier].count("middle") <= 1
     with quickly():
         assert main(arguments) == 2
@@ -111,10 +118,11 @@ def test_scale_adds_a_student_without_training(world, run, capsys):
 
 def test_what_cannot_be_cut_is_refused(world, run, tmp_path):
     with pytest.raises(RecipeError, match="or more"), quickly():
-        limbeck.scale(run, name="tiny", budget={"params": 10})
-    assert "tiny" not in {s.name for s in limbeck.load_report(run).students}
+        limbeck.scale(run, name="mini", budget={"params": 10})
+    assert "mini" not in (run / "recipe.yaml").read_text()
+    assert "mini" not in {s.name for s in limbeck.load_report(run).students}
     with pytest.raises(RecipeError, match="empty budget"), quickly():
-        limbeck.scale(run, name="tiny", budget={})
+        limbeck.scale(run, name="mini", budget={})
     with pytest.raises(RunFolderError, match="no elastic run"):
         limbeck.load_family(tmp_path)
     family = limbeck.load_family(run)
@@ -144,6 +152,40 @@ def test_settings_that_contradict_each_other(world, change, said):
     recipe["students"].append(cut)
     with pytest.raises(RecipeError, match=said):
         validate(recipe)
+
+
+def test_each_size_has_its_turns_and_its_rate(run, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(family, training, folder, progress, sampling):
+        seen.update(shares=sampling.shares, rates=sampling.rates, epochs=training.spec.epochs)
+
+    monkeypatch.setattr(scaling, "train", look)
+    recipe, _ = load_recipe(run)
+    shapes = scaling.read_shapes(run / "family")
+    scaling.teach(tmp_path, recipe, shapes, places_of(run), Silent())
+    assert seen["shares"] == {"large": 1, "small": 2} and seen["epochs"] == 3
+    assert seen["rates"] == {"large": 1.0, "small": 2.0}  # 6e-3 of 3e-3, as its recipe says
+    free = [s.model_copy(update={"learning_rate": None}) for s in recipe.students]
+    scaling.teach(
+        tmp_path, recipe.model_copy(update={"students": tuple(free)}), shapes, places_of(run),
+        Silent(),
+    )  # fmt: skip
+    assert seen["rates"]["large"] == 1.0 < seen["rates"]["small"] != 2.0
+
+
+def test_the_rival_with_the_least_loss_is_taken(run, tmp_path):
+    recipe, _ = load_recipe(run)
+    small = recipe.student("small")
+    plans = [{"shape": {"layers": [0] * n}, "reason": "By the rule."} for n in (3, 2, 1)]
+    write_json(tmp_path / "rivals.json", plans)
+    losses = {"small.0": 0.5, "small.1": 0.4, "small.2": 0.6, "large.0": 0.1}
+    rivals = {name: {"loss": loss, "accuracy": 0.5} for name, loss in losses.items()}
+    write_json(tmp_path / "trial.json", {"n": 9, "share": 0.1, "rivals": rivals})
+    scaling.decide(tmp_path, small, tmp_path, tmp_path)
+    chosen = json.loads((tmp_path / "plan.json").read_text())
+    assert chosen["shape"] == plans[1]["shape"]
+    assert "0.500 with 3 layers, 0.400 with 2 layers, 0.600 with 1 layers" in chosen["reason"]
 
 
 def test_rivals_of_one_budget_are_tried_before_one_is_taken(world, tmp_path):
