@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run of the quickstart recipe")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--cost", type=float, nargs="*", default=[0.25, 0.5, 1.0])
     parser.add_argument("--epochs", type=float, default=1.0, help="of each dedicated student")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
@@ -248,7 +249,7 @@ def compared(options: argparse.Namespace) -> Results:
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
 
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         seconds: Found = {}
         if "dedicated" in options.what:
             seconds = students("dedicated", setting, seed)

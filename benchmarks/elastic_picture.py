@@ -97,7 +97,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 _COLOURS = {
     "dedicated": "#222", "elastic 0.25": "#9cc3e6", "elastic 0.5": "#4a90c8",
-    "elastic 1": "#1f4f8f", "random": "#c2571a",
+    "elastic 1": "#1f4f8f",
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     for what, colour in _COLOURS.items():
         of_it = sorted((_weights(row["size"]), row) for row in rows if row["setting"] == what)
         if of_it:
-            name = {"random": "random starts"}.get(what, what.replace("elastic ", "family, cost "))
+            name = what.replace("elastic ", "family, cost ")
             series.append(Series(
                 name, [(x, row["ours"]) for x, row in of_it], colour,
                 spread=[(min(row["by_seed"]), max(row["by_seed"])) for _, row in of_it],

@@ -47,7 +47,9 @@ class Sampling:
         Smaller sizes want higher rates, in a family as alone: of students with 100, 42, 19, 8 and
         2 % of the largest one's work that gives 1, 1.4, 2, 2.8 and 4.5. The power was found by
         trials on validation rows, as was that each size has the same share of the steps: more for
-        the small ones overfit all, more for the large ones were worse for all (docs/log.md).
+        the small ones overfit all, more for the large ones were worse for all. Where the family has
+        no more than a quarter of what its sizes would cost alone, shares of 1 / sqrt(cost) are
+        better, as they make more steps of it (docs/log.md).
         """
         if self.rates is not None or self.policy != "one":
             return self
