@@ -16,7 +16,7 @@ LAYERS = (
     },
     {"recipe_file"},
     {"run"},
-    {"models", "sources", "cache", "archives", "fast_tokenizer"},
+    {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},
     {"observe", "layermap", "vocabulary"},

@@ -20,8 +20,9 @@ class Source(Spec):
     """Where a file or folder comes from. A plain string in YAML means `{uri: ...}`."""
 
     uri: str = Field(min_length=1)
-    """A path, a hub id (`org/name`; data: `hf://org/name/split`), `pypi://NAME==VERSION/path` or
-    `apt://PACKAGE/path`. Relative paths start at the recipe's folder."""
+    """A path, a hub id (`org/name`; data: `hf://org/name/split`), `pypi://NAME==VERSION/path`,
+    `apt://PACKAGE/path`, or `debian://descriptions/en` (text about packages, by apt). Relative
+    paths start at the recipe's folder."""
     sha256: Sha256 | None = None
     """Of the downloaded package or file. Without it, the first download is trusted and recorded."""
 

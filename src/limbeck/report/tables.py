@@ -61,7 +61,7 @@ def models_table(report: Report) -> Table:
                 NONE if kl is None else f"{kl:.3f}",
             )
         )
-    if any(model.main.tokens_per_s for model in models):  # of language models
+    if any(q.perplexity for m in models if (q := m.main.quality)):  # of language models
         head += ("perplexity", "tokens written")
         rows = [(*row, *_text_cells(model)) for row, model in zip(rows, models, strict=True)]
     return Table(head, tuple(rows))
