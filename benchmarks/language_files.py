@@ -34,7 +34,7 @@ from limbeck.measure_language import score_documents
 from limbeck.models import load_tokenizer
 from limbeck.recipe import Source
 from limbeck.sources import fetch
-from limbeck.tasks.debian import fetch_lists, read_descriptions, write_descriptions
+from limbeck.debian import fetch_lists, read_descriptions, write_descriptions
 from limbeck.tasks.language_modeling import CausalData, LanguageModeling, prepare
 from limbeck.tasks.records import Columns
 from limbeck.trimming import choose_tokens, count_tokens, trim_model, trim_tokenizer

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from limbeck.debian import fetch_lists, read_descriptions, write_descriptions
 from limbeck.errors import DataError
-from limbeck.tasks.debian import fetch_lists, read_descriptions, write_descriptions
 
 TRANSLATION = """\
 Package: liba-dev

@@ -11,12 +11,12 @@ ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
     {
-        "recipe", "recipe_task", "recipe_teaching", "types", "progress", "_startup", "cores",
-        "ranks", "losses",
+        "recipe", "recipe_data", "recipe_task", "recipe_teaching", "types", "progress",
+        "_startup", "cores", "ranks", "losses",
     },
     {"recipe_file"},
     {"run"},
-    {"models", "sources", "cache", "archives", "fast_tokenizer"},
+    {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},
     {"observe", "layermap", "vocabulary"},
@@ -28,7 +28,7 @@ LAYERS = (
     {"family", "shared_adamw", "trimming"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
-        "generating", "runtime", "runtime_worker",
+        "generating", "judging", "judging_language", "runtime", "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"lazily"},

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig
 
 import limbeck
-from limbeck import stages, train
+from limbeck import train
 from limbeck.architecture.axes import Axis
 from limbeck.architecture.cut import build_student, shape_parameters
 from limbeck.architecture.plan import plan_student, score
@@ -21,6 +21,7 @@ from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.architecture.space import candidates, shape_of
 from limbeck.errors import AxisError
+from limbeck.export import files
 from limbeck.export.onnx import export_onnx
 from limbeck.export.static import quantize_static_int8
 from limbeck.family import Family
@@ -79,7 +80,7 @@ def done(tmp_path_factory):
     def draft(model, path, *, inputs, draft):
         export_onnx(model, path, inputs=inputs, draft=True)  # in a tenth of the time
 
-    with quickly(), patch.object(stages, "export_onnx", draft):
+    with quickly(), patch.object(files, "export_onnx", draft):
         report = limbeck.distill(folder / "recipe.yaml", folder / "out")
     return folder, report
 

@@ -97,7 +97,7 @@ def test_each_token_of_a_text_and_its_end_are_predicted_once(prepared, layout, m
             ids = [*TOKENIZER(rows[document]["text"])["input_ids"], END]
             assert sorted(pairs) == sorted(map(list, itertools.pairwise(ids)))
             seen.add(document)
-        assert task.rows(split).num_counted == task.about["counted"][split]
+        assert task.rows(split).num_positions == task.about["counted"][split]
     assert seen == set(range(40))
     assert sum(task.about["documents"].values()) == 40
 

@@ -203,4 +203,6 @@ def test_the_worker_imports_nothing_of_ours():
             [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
         )
     }
-    assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "torch", "transformers"}
+    assert names - sys.stdlib_module_names == {
+        "llama_cpp", "numpy", "onnxruntime", "torch", "transformers"
+    }

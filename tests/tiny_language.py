@@ -1,9 +1,12 @@
 """A tiny random Llama with a tokenizer as SmolLM2's: bytes, digits apart, a chat template."""
 
+import json
+import random
 from functools import cache
 from pathlib import Path
 
 import torch
+import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -90,3 +93,38 @@ def log_probs(of, ids: list[int]) -> torch.Tensor:
     tokens = torch.tensor([ids])
     scores = of(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
     return scores.gather(1, tokens[0, 1:, None])[:, 0]
+
+
+def texts(num: int = 60) -> list[str]:
+    """Sentences whose next word the last one tells."""
+    draw = random.Random(0)
+    words = ["the", "old", "man", "and", "sea", "cafe", "owners", "owe", "theology", "gods"]
+    after = {word: words[(3 * i + 1) % len(words)] for i, word in enumerate(words)}
+    found = []
+    for i in range(num):
+        said = [draw.choice(words)]
+        while len(said) < 8:
+            said.append(after[said[-1]])
+        found.append(" ".join(said) + f" {i % 10}")
+    return found
+
+
+def make_language_world(folder: Path, **changes) -> Path:
+    """`teacher/`, `rows.jsonl` and `recipe.yaml` in the folder."""
+    save(folder / "teacher")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts())
+    (folder / "rows.jsonl").write_text(rows)
+    training = {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3}
+    recipe = {
+        "name": "tiny",
+        "task": {"kind": "language-modeling", "max_tokens": 32},
+        "data": {"train": "rows.jsonl", "test_fraction": 0.2},
+        "teacher": {"model": "teacher", "tune": {**training, "epochs": 20}},
+        "distill": {"training": training},
+        "students": [{"name": "one", "budget": {"params": 60000}}],
+        "evidence": {"baselines": "none"},
+        "export": {"formats": ["hf", "gguf-q8_0"]},
+        "measure": {"latency_runs": 10},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+    return folder

@@ -20,6 +20,7 @@ from limbeck._api import (
     scale,
     try_student,
     verify_signals,
+    write_with,
 )
 from limbeck.errors import LimbeckError
 
@@ -36,4 +37,5 @@ __all__ = [
     "scale",
     "try_student",
     "verify_signals",
+    "write_with",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,17 @@ def try_student(student: str | Path, what: str) -> list[tuple[str, float]]:
     from limbeck import trying
 
     return trying.classify(Path(student), what)
+
+
+def write_with(
+    student: str | Path, prompt: str, *, max_new_tokens: int = 60
+) -> Iterator[str] | None:
+    """What an exported language model writes after the prompt, piece by piece as it is written.
+
+    None for a model that classifies. Raises SourceError, DataError."""
+    from limbeck import trying
+
+    return trying.write(Path(student), prompt, max_new_tokens)
 
 
 def describe_signals(folder: str | Path) -> dict[str, str]:

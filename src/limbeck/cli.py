@@ -72,11 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     listed = verb("recipes", _recipes, "list the built-in recipes, or show one")
     listed.add_argument("show", nargs="?", choices=["show"], help="print a recipe to start from")
     listed.add_argument("name", nargs="?", help="which")
-    tried = verb("try", _try, "classify a text or an image with an exported student")
+    tried = verb("try", _try, "classify a text or an image with a student, or let it write on")
     tried.add_argument(
-        "student", type=Path, help="RUN/students/NAME, an .onnx file or an hf folder"
+        "student", type=Path, help="RUN/students/NAME, an .onnx or .gguf file or an hf folder"
     )
-    tried.add_argument("what", help="a text, or the path of an image")
+    tried.add_argument("what", help="a text, the beginning of one, or the path of an image")
     kept = verb("signals", _signals, "say what captured signals hold, check them, or tidy up")
     kept.add_argument(
         "what", choices=["info", "verify", "prune"],
@@ -194,6 +194,13 @@ def _recipes(arguments: argparse.Namespace) -> None:
 def _try(arguments: argparse.Namespace) -> None:
     from limbeck import _api
 
+    written = _api.write_with(arguments.student, arguments.what)
+    if written is not None:
+        print(arguments.what, end="")
+        for piece in written:
+            print(piece, end="", flush=True)
+        print()
+        return
     for label, probability in _api.try_student(arguments.student, arguments.what)[:5]:
         print(f"{100 * probability:5.1f} %  {label}")
 

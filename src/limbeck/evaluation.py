@@ -10,73 +10,68 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from limbeck import measure, runtime
 from limbeck._startup import prepare_torch
+from limbeck.findings import artifact_path
+from limbeck.judging import Asked
 from limbeck.linear import linear_predictions
 from limbeck.models import num_parameters
-from limbeck.progress import Progress, Silent
+from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
-from limbeck.tasks.task import Rows, open_task
+from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
+_Said = tuple[Path, str, Path]  # a file, its format, where its answers lie
 
 prepare_torch()
 
 
-def artifact_path(hf: Path, onnx: Path, format: str) -> Path:
-    return hf if format == "hf" else onnx / f"model-{format.removeprefix('onnx-')}.onnx"
-
-
 def measure_artifacts(
-    folder: Path, recipe: Recipe, hf: Path, onnx: Path, data: Path, name: str,
+    folder: Path, recipe: Recipe, hf: Path, files: Path, data: Path, name: str,
     progress: Progress, *, primary: str,
 ) -> None:  # fmt: skip
-    """Quality, parity, latency, memory of every exported file; predictions of the primary one."""
+    """Quality, parity, latency, memory of every exported file; answers of the primary one."""
     task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
-    config = AutoConfig.from_pretrained(hf)
-    origin = None  # what the model that was exported says about `compared`
+    config = task.read_config(hf, where=str(hf))
+    origin: Asked | None = None  # the model that was exported
     found = []
     wall_ms = {}
     # the model's own folder first: the other files are held against it
     for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
-        path = artifact_path(hf, onnx, format)
-        rows = test if format == primary else few
-        logits = _predict(path, format, rows, progress, f"{name} {format}")
-        of_compared = logits[np.isin(rows.ids, compared.ids)]
+        path = artifact_path(hf, files, format)
+        asked = _ask(task, path, format, test if format == primary else few, progress,
+                     f"{name} {format}")  # fmt: skip
         if format == primary:
-            np.save(folder / "logits.npy", logits)
-        timing = runtime.time_artifact(
-            path, format, inputs=task.inputs(config),
-            threads=recipe.measure.threads, runs=recipe.measure.latency_runs,
-        )  # fmt: skip
+            for what, array in asked.said.items():
+                np.save(folder / f"{what}.npy", array)
+        timing = runtime.time_file(recipe, task, config, hf, files, format)
         entry: dict[str, Any] = {
             "format": format,
             "size_bytes": size_bytes(path),
-            "quality": _quality(logits, rows.labels),
+            "quality": task.judge.quality(asked),
             "latency_ms": {
                 "median": timing.latency_ms,
                 "p95": timing.latency_p95_ms,
                 "n": timing.runs,
             },
             "throughput_per_s": timing.throughput_per_s,
+            "tokens_per_s": timing.tokens_per_s,
             "peak_memory_bytes": timing.peak_memory_bytes,
             "device": timing.device,
             "threads": timing.threads,
+            "runtime": timing.runtime,
         }
         wall_ms[format] = timing.latency_wall_ms
-        if format == "hf":
-            origin = of_compared
+        if origin is None:
+            origin = asked
         else:
-            if origin is None:
-                origin = _predict(hf, "hf", compared, Silent(), "parity")
-            entry["parity"] = asdict(measure.parity(origin, of_compared))
+            entry["parity"] = task.judge.parity(origin, asked, compared)
         found.append(entry)
     model = task.load(hf, where=str(hf))
     summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
@@ -87,9 +82,9 @@ def quality_of(
     folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
 ) -> None:
     """A baseline's quality, of the primary format on all test rows, as for the student itself."""
-    test = open_task(recipe, data).rows("test")
-    logits = _predict(path, recipe.export.primary, test, progress, name)
-    write_json(folder / "quality.json", _quality(logits, test.labels))
+    task = open_task(recipe, data)
+    asked = _ask(task, path, recipe.export.primary, task.rows("test"), progress, name)
+    write_json(folder / "quality.json", task.judge.quality(asked))
 
 
 def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None:
@@ -104,24 +99,33 @@ def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None
         len(task.labels),
         progress,
     )
-    write_json(folder / "quality.json", _quality(scores, rows["test"].labels) | {"choice": choice})
+    found = measure.accuracy(scores, rows["test"].labels, seed=0)
+    quality = {"metric": "accuracy", **asdict(found)}
+    write_json(folder / "quality.json", quality | {"choice": choice})
 
 
-def compare(folder: Path, recipe: Recipe, student: Path, teacher: Path, data: Path) -> None:
+def compare(
+    folder: Path, recipe: Recipe, student: _Said, teacher: _Said, data: Path, progress: Progress
+) -> None:
     """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
     task = open_task(recipe, data)
-    labels = task.rows("test").labels
-    mine, theirs = (np.load(path / "logits.npy", allow_pickle=False) for path in (student, teacher))
-    write_json(folder / "comparison.json", measure.compare(theirs, mine, labels, task.labels))
+    rows = task.rows("test")
+    mine, theirs = (
+        Asked(
+            path=path, format=format, rows=rows,
+            said={f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))},
+        )
+        for path, format, at in (student, teacher)
+    )  # fmt: skip
+    with progress.bar("compare", len(rows), "examples") as bar:
+        write_json(folder / "comparison.json", task.judge.compare(theirs, mine, bar.advance))
 
 
-def _predict(path: Path, format: Any, rows: Rows, progress: Progress, title: str) -> np.ndarray:
+def _ask(
+    task: Task, path: Path, format: str, rows: Rows, progress: Progress, title: str
+) -> Asked:
     with progress.bar(title, len(rows), "examples") as bar:
-        return runtime.predict(path, format, rows, progress=bar.advance)
-
-
-def _quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    return {"metric": "accuracy", **asdict(measure.accuracy(logits, labels, seed=0))}
+        return task.judge.ask(path, format, rows, bar.advance)
 
 
 def size_bytes(path: Path) -> int:

@@ -157,8 +157,9 @@ class Family:
         buffers = {
             f"{size.name}/{name}": buffer
             for size in self.sizes.values()
-            for name, buffer in size.model.state_dict().items()
-            if name not in size.places and not isinstance(buffer, nn.Parameter)
+            for kept in (size.model.state_dict().keys(),)
+            for name, buffer in size.model.named_buffers()
+            if name in kept
         }
         return self.weights | buffers
 

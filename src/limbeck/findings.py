@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.cache import Fetched
 from limbeck.cores import cores
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, file_of
 from limbeck.report import (
     Artifact,
     Baselines,
@@ -49,13 +49,23 @@ class Member:
     name: str
     primary: str
     model: Made
-    onnx: Made
+    onnx: Made  # the exported files
     measured: Made
     plan: Made | None = None
     compared: Made | None = None
     tried: Made | None = None  # temperatures, where the recipe leaves the choice
     features: Made | None = None  # hidden states and which layers learn from which
     baselines: Mapping[str, Made] = field(default_factory=dict)
+
+    @property
+    def said(self) -> tuple[Path, str, Path]:
+        """The primary file, its format, and where its answers lie."""
+        path = artifact_path(self.model.folder, self.onnx.folder, self.primary)
+        return path, self.primary, self.measured.folder
+
+
+def artifact_path(hf: Path, files: Path, format: str) -> Path:
+    return hf if format == "hf" else files / file_of(format)
 
 
 def assemble(
@@ -175,9 +185,7 @@ def _artifacts(run: Run, member: Member) -> tuple[Artifact, ...]:
     found = []
     for entry in member.measured.json("measurement.json")["artifacts"]:
         format = entry["format"]
-        path = member.model.folder
-        if format != "hf":
-            path = member.onnx.folder / f"model-{format.removeprefix('onnx-')}.onnx"
+        path = artifact_path(member.model.folder, member.onnx.folder, format)
         where = str(path.relative_to(run.folder))
         found.append(Artifact.model_validate({**entry, "path": where}))
     return tuple(found)
@@ -206,7 +214,8 @@ def _quality(made: Made | None) -> Quality | None:
     if made is None:
         return None
     found = made.json("quality.json")
-    return Quality.model_validate({k: found[k] for k in ("metric", "value", "low", "high", "n")})
+    known = Quality.model_fields
+    return Quality.model_validate({k: v for k, v in found.items() if k in known})
 
 
 def _frontier(made: Made | None, family: Mapping[str, Member]) -> tuple[FrontierPoint, ...]:
@@ -269,6 +278,12 @@ def _warnings(
     for member in members:
         measured = member.measured.json("measurement.json")
         for entry in measured["artifacts"]:
+            runtime = entry.get("runtime") or ""
+            if entry["format"].startswith("gguf") and not runtime.startswith("llama.cpp"):
+                found.append(
+                    f"{member.name}: {entry['format']} was timed as its hf folder in {runtime}: "
+                    "llama-cpp-python is not there (extra 'verify')."
+                )
             wall = measured["wall_ms"][entry["format"]]
             if wall > _BUSY * entry["latency_ms"]["median"]:
                 found.append(

@@ -10,7 +10,7 @@ Shapes: P counted positions, V vocabulary, D documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,12 @@ class DocumentScores:
 def score_documents(
     model: nn.Module, rows: Rows, *, teacher: nn.Module | None = None,
     shared_ids: int | None = None, batch_size: int = 4,
+    told: Callable[[int], object] | None = None,
 ) -> DocumentScores:  # fmt: skip
     """Ask the model, and the teacher too, about every row. Models as they are: in eval mode.
 
     `shared_ids` (see `vocabulary`) where one of them has rows of padding; they are left out.
+    `told` the number of rows done since it was last told.
     """
     parts: list[tuple[Tensor, ...]] = []
     device = next(model.parameters()).device
@@ -86,6 +88,8 @@ def score_documents(
         theirs = teacher(**batch.inputs).logits[batch.mask] if teacher is not None else None
         found = token_scores(logits, labels, theirs, shared_ids=shared_ids)
         parts.append((documents, *(column.double().cpu() for column in found)))
+        if told is not None:
+            told(len(at))
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     named, place, counts = np.unique(columns[0], return_inverse=True, return_counts=True)
     sums = [np.bincount(place, weights=column, minlength=len(named)) for column in columns[1:]]

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from limbeck.findings import artifact_path
 from limbeck.lazily import evaluation, stages, teaching
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
@@ -105,7 +106,7 @@ class Taught:
         top = f"students/{self.student.name}/{name}"
         model = self.run.stage(f"{top}/hf", inputs, make)
         onnx = self.run.stage(
-            f"{top}/onnx", [model.digest, primary, recipe.task],
+            f"{top}/{recipe.task.files}", [model.digest, primary, recipe.task],
             lambda at: stages.export(
                 at, recipe, model.folder, data.folder, (primary,), draft=True
             ),
@@ -113,8 +114,8 @@ class Taught:
         return self.run.stage(
             f"{top}/quality", [model.digest, onnx.digest, data.digest],
             lambda at: evaluation.quality_of(
-                at, recipe, evaluation.artifact_path(model.folder, onnx.folder, primary),
-                data.folder, f"{self.student.name}, {name}", self.progress,
+                at, recipe, artifact_path(model.folder, onnx.folder, primary), data.folder,
+                f"{self.student.name}, {name}", self.progress,
             ),
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The still, in order. Each stage is skipped when its inputs have not changed since it last ran.
 
-    recipe -> sources -> data -> budgets -> teacher -> signals -> space -> plan -> distil -> export
-           -> measure -> report
+    recipe -> sources -> model -> data -> budgets -> teacher -> signals -> space -> plan -> distil
+           -> export -> measure -> report
 
 What the stages do (and with it torch) is imported only when one really runs.
 """
@@ -9,7 +9,7 @@ What the stages do (and with it torch) is imported only when one really runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import RECIPE, load_recipe, rebase, validate
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run, write_text
-from limbeck.signals.choose import codec_settings, refuse_unserved
+from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
 from limbeck.sources import fetch
 
@@ -37,7 +37,7 @@ class Sources:
     model: Fetched
     train: Fetched
     test: Fetched | None
-    base: Fetched | None
+    base: Fetched | None = None
 
 
 def distill(
@@ -60,6 +60,7 @@ def distill(
     with open_run(out, recipe, meter or CodecarbonMeter(), repair=repair) as run:
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
+        still.model()
         data = still.data()
         still.budgets(data)
         codec = still.codec(data)
@@ -140,6 +141,12 @@ def fetch_teacher(recipe: Recipe, get: Callable[..., Fetched]) -> Fetched:
     return config_folder(spec.config)
 
 
+def remade(recipe: Recipe, model: Path) -> bool:
+    """Whether the teacher cannot be taken as it is."""
+    packed = model.is_file() or (any(model.glob("*.gguf")) and not (model / "config.json").exists())
+    return recipe.teacher.trim_vocabulary or (packed and not recipe.task.has_labels)
+
+
 @dataclass
 class _Still:
     """One run's stages: for each its name, what it depends on, and what makes it."""
@@ -148,6 +155,21 @@ class _Still:
     recipe: Recipe
     progress: Progress
     sources: Sources
+
+    def model(self) -> None:
+        """The teacher made ready: from a GGUF file, with fewer tokens."""
+        model, train = self.sources.model, self.sources.train
+        if not remade(self.recipe, model.path):
+            return
+        recipe = self.recipe
+        inputs: list[Any] = [model.sha256, recipe.task]
+        if recipe.teacher.trim_vocabulary:
+            inputs += [train.sha256, recipe.data, recipe.seed]
+        made = self.run.stage(
+            "model", inputs, lambda at: stages.make_model(at, recipe, model.path, train.path)
+        )
+        plain = replace(model, path=made.folder, sha256=made.digest)
+        self.sources = replace(self.sources, model=plain)
 
     def data(self) -> Made:
         s, recipe = self.sources, self.recipe
@@ -185,12 +207,11 @@ class _Still:
 
     def codec(self, data: Made) -> dict[str, Any]:
         """Its settings, the temperature among them only where it has to know it."""
-        recipe, about = self.recipe, data.json("data.json")
-        num_rows = about["rows"]["train"] * about.get("views", 1)
+        recipe = self.recipe
         settings = codec_settings(
             recipe.signals, temperature=recipe.distill.temperature.fixed,
-            vocab_size=len(about["labels"]), rows=num_rows, positions=num_rows,
-        )  # fmt: skip
+            **sizes_of(data.json("data.json")),
+        )
         refuse_unserved(recipe.distill, settings["codec"])
         return settings
 
@@ -254,7 +275,7 @@ class _Still:
         recipe, top = self.recipe, name if name == "teacher" else f"students/{name}"
         formats = tuple(recipe.export.formats)
         onnx = self.run.stage(
-            f"{top}/onnx", [model.digest, formats, recipe.task],
+            f"{top}/{recipe.task.files}", [model.digest, formats, recipe.task],
             lambda at: stages.export(at, recipe, model.folder, data.folder, formats),
         )  # fmt: skip
         measured = self.run.stage(
@@ -286,12 +307,10 @@ class _Still:
                 ),
             )  # fmt: skip
         member = self._measured(student.name, model, ground.data, recipe.export.primary)
-        assert member.measured is not None and original.measured is not None
-        mine, theirs = member.measured, original.measured
         compared = self.run.stage(
-            f"{top}/compare", [mine.digest, theirs.digest],
+            f"{top}/compare", [member.measured.digest, original.measured.digest],
             lambda at: evaluation.compare(
-                at, recipe, mine.folder, theirs.folder, ground.data.folder
+                at, recipe, member.said, original.said, ground.data.folder, self.progress
             ),
         )  # fmt: skip
         baselines = taught.baselines() if self._needs_baselines(student, plans) else {}
@@ -299,7 +318,7 @@ class _Still:
             baselines["dedicated"] = taught.dedicated()
         return Member(
             name=student.name, primary=member.primary, model=model, onnx=member.onnx,
-            measured=mine, plan=plan, compared=compared, tried=tried, features=features,
+            measured=member.measured, plan=plan, compared=compared, tried=tried, features=features,
             baselines=baselines,
         )  # fmt: skip
 

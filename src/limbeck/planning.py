@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from limbeck.architecture.cut import any_layers
 from limbeck.architecture.plan import CostModel, Sample, plan_student
 from limbeck.architecture.space import Candidate, shape_of
 from limbeck.cores import cores, on_each
-from limbeck.pipeline import fetch_teacher
+from limbeck.pipeline import fetch_teacher, remade
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase
@@ -36,7 +37,17 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     recipe = rebase(recipe, base)
     model_folder = fetch_teacher(recipe, partial(fetch, base=base)).path
     train = fetch(recipe.data.train, where="recipe.data.train", base=base, kind="data").path
-    task, num_rows = outline(recipe, train)
+    with tempfile.TemporaryDirectory(prefix="limbeck-") as aside:
+        if remade(recipe, model_folder):
+            progress.say("making the teacher ready")
+            stages.make_model(Path(aside), recipe, model_folder, train)
+            model_folder = Path(aside)
+        return _plan(recipe, base, model_folder, train, progress)
+
+
+def _plan(recipe: Recipe, base: Path, model_folder: Path, train: Path, progress: Progress) -> Plan:
+    about = outline(recipe, train, model_folder)
+    task = about.task
     base_folder = None
     if recipe.base is not None and recipe.base.model is not None:
         where = "recipe.base.model"
@@ -46,7 +57,7 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
     def measure(candidate: Candidate) -> Sample:
         progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
         shape = shape_of(candidate, axes, spread)
-        return stages.time_shape(recipe, task, config, axes, shape)
+        return stages.time_shape(recipe, task, config, axes, shape, base_folder or model_folder)
 
     def spread(count: int) -> tuple[int, ...]:
         return any_layers(axes, count)
@@ -60,8 +71,11 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
         )
         for s in recipe.students if s.trained
     )
-    rows = _training_rows(recipe, num_rows, recipe.task.num_views)
-    sizes = {"vocab_size": len(task.labels), "rows": rows, "positions": rows}
+    rows = _training_rows(recipe, about.num_rows, recipe.task.num_views)
+    sizes = {
+        "vocab_size": about.num_classes, "rows": round(rows * about.rows_each),
+        "positions": round(rows * about.positions_each),
+    }  # fmt: skip
     settings = codec_settings(
         recipe.signals, temperature=recipe.distill.temperature.fixed, **sizes
     )
@@ -86,19 +100,20 @@ def _signal_costs(
 ) -> Sequence[SignalsCost]:
     """The chosen codec and the usual others; timed on random inputs."""
     model = task.build(config).eval()
-    drawn = random_inputs([asdict(one) for one in task.inputs(config)], _BATCH)
+    size = _BATCH if task.labels else 4  # (B, T, V) logits are large
+    drawn = random_inputs([asdict(one) for one in task.inputs(config)], size)
     batches = [{name: torch.from_numpy(array) for name, array in drawn.items()}] * cores()
-    keys = torch.zeros(_BATCH, 2, dtype=torch.int64)
 
     @torch.inference_mode()
     def forward(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = model(**inputs).logits
-        return logits
+        return logits.flatten(0, -2)  # (P, V)
 
     list(on_each(forward, batches))  # warm
     start = time.perf_counter()
     logits = list(on_each(forward, [*batches, *batches]))
-    teacher = (time.perf_counter() - start) / (len(logits) * _BATCH)  # s an example
+    teacher = (time.perf_counter() - start) / (len(logits) * size)  # s an example
+    keys = torch.zeros(len(logits[0]), 2, dtype=torch.int64)
     others: list[dict[str, Any]] = [
         {"codec": "dense", "dtype": "fp16"}, {"codec": "topk", "k": 32},
         {"codec": "sampled", "n": 24, "temperature": recipe.distill.temperature.fixed or 1.0},
@@ -108,7 +123,7 @@ def _signal_costs(
         codec = logit_codec(settings)
         start = time.perf_counter()
         codec.encode(logits[0], keys, 0)
-        encode = (time.perf_counter() - start) / _BATCH / cores()
+        encode = (time.perf_counter() - start) / size / cores()
         found.append(
             SignalsCost(
                 name=described(settings),

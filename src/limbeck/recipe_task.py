@@ -10,14 +10,20 @@ from limbeck.recipe_teaching import Spec
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(gt=0, le=10)]
+_DOCUMENTS = ("prompt", "completion", "messages")
+_ONNX = ("hf", "onnx-fp32", "onnx-int8")
 
 
 class TextTask(Spec):
     """Texts into classes."""
 
-    idle_data: ClassVar[tuple[str, ...]] = ("image",)  # settings of `data` without an effect
+    idle_data: ClassVar[tuple[str, ...]] = ("image", *_DOCUMENTS)  # `data`'s without an effect
     has_tokens: ClassVar[bool] = True
+    has_labels: ClassVar[bool] = True
     num_views: ClassVar[int] = 1
+    formats: ClassVar[tuple[str, ...]] = _ONNX  # that are written where the recipe names none
+    primary: ClassVar[str] = "onnx-int8"
+    files: ClassVar[str] = "onnx"  # the folder that they lie in
 
     kind: Literal["text-classification"]
     """What the models are for."""
@@ -46,8 +52,12 @@ class AugmentSpec(Spec):
 class ImageTask(Spec):
     """Images into classes."""
 
-    idle_data: ClassVar[tuple[str, ...]] = ("text", "columns", "skip_rows")
+    idle_data: ClassVar[tuple[str, ...]] = ("text", "columns", "skip_rows", *_DOCUMENTS)
     has_tokens: ClassVar[bool] = False
+    has_labels: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = _ONNX
+    primary: ClassVar[str] = "onnx-int8"
+    files: ClassVar[str] = "onnx"
 
     kind: Literal["image-classification"]
     """What the models are for."""
@@ -92,8 +102,35 @@ class ImageTask(Spec):
         return self
 
 
-TASKS = (TextTask, ImageTask)
+class LanguageTask(Spec):
+    """Text that goes on: each token from those before it."""
+
+    idle_data: ClassVar[tuple[str, ...]] = ("image", "label", "label_names", "columns", "skip_rows")
+    has_tokens: ClassVar[bool] = True
+    has_labels: ClassVar[bool] = False
+    num_views: ClassVar[int] = 1
+    formats: ClassVar[tuple[str, ...]] = ("hf", "gguf-f16", "gguf-q8_0", "gguf-q4_0")
+    primary: ClassVar[str] = "gguf-q8_0"
+    files: ClassVar[str] = "gguf"
+
+    kind: Literal["language-modeling"]
+    """What the models are for."""
+    max_tokens: int = Field(256, ge=4, le=32768)
+    """Of a row. Longer texts go on in the next one; a longer completion is cut at its end."""
+    layout: Literal["pack", "pad"] = "pack"
+    """`pack`: several documents in a row, which do not see each other; `pad`: one in each."""
+    learn: Literal["answer", "all"] = "answer"
+    """Which tokens are to be predicted: completions and the assistant's words, or prompts too. Of
+    plain text it is all of them."""
+
+
+TASKS = (TextTask, ImageTask, LanguageTask)
 KINDS = tuple(task.model_fields["kind"].annotation.__args__[0] for task in TASKS)  # type: ignore[union-attr]
+
+
+def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask] | None:
+    """The settings of a kind; None for what is none."""
+    return dict(zip(KINDS, TASKS, strict=True)).get(kind) if isinstance(kind, str) else None
 
 
 def _kind(value: Any) -> str | None:
@@ -102,5 +139,8 @@ def _kind(value: Any) -> str | None:
 
 # By a function, not by the field's name: `Spec` looks at fields first, which pydantic then forbids.
 TaskSpec = Annotated[
-    Annotated[TextTask, Tag(KINDS[0])] | Annotated[ImageTask, Tag(KINDS[1])], Discriminator(_kind)
+    Annotated[TextTask, Tag(KINDS[0])]
+    | Annotated[ImageTask, Tag(KINDS[1])]
+    | Annotated[LanguageTask, Tag(KINDS[2])],
+    Discriminator(_kind),
 ]

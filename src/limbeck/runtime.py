@@ -15,16 +15,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from limbeck import runtime_worker
 from limbeck.cores import on_each
 from limbeck.errors import LimbeckError, MissingExtraError
-from limbeck.recipe import Format
+from limbeck.recipe import Format, Recipe, file_of
 from limbeck.runtime_worker import Predictor
-from limbeck.tasks.task import Rows
+from limbeck.tasks.task import Rows, Task
 from limbeck.types import Input
 
 
@@ -40,12 +42,13 @@ class Timing:
     latency_p95_ms: float
     latency_iqr_ms: float  # spread: between the first and the third quarter of the calls
     latency_wall_ms: float  # median on the wall; far above `latency_ms`: the machine was busy
-    throughput_per_s: float  # examples, in batches
+    throughput_per_s: float | None  # examples, in batches; None: written text tells more
     peak_memory_bytes: int  # of the whole process after the batch-1 calls: interpreter included
     device: str
     threads: int
     runtime: str  # name and version
     runs: int  # timed batch-1 calls
+    tokens_per_s: float | None = None  # written one after the other, by a model that writes
 
 
 def load_predictor(path: Path, format: Format, *, threads: int) -> Predictor:
@@ -99,6 +102,19 @@ def predict(
     return logits
 
 
+def time_file(
+    recipe: Recipe, task: Task, config: Any, hf: Path, files: Path, format: Format
+) -> Timing:
+    """As the recipe says. A GGUF file in llama.cpp where that is there, else its folder `hf`."""
+    path = hf if format == "hf" else files / file_of(format)
+    if format.startswith("gguf-") and util.find_spec("llama_cpp") is None:
+        path, format = hf, "hf"
+    return time_artifact(
+        path, format, inputs=task.inputs(config), threads=recipe.measure.threads,
+        runs=recipe.measure.latency_runs, writes=not recipe.task.has_labels,
+    )  # fmt: skip
+
+
 def time_artifact(
     path: Path,
     format: Format,
@@ -108,9 +124,11 @@ def time_artifact(
     runs: int,
     batch_size: int = 32,
     timeout_s: float = 900,
+    writes: bool = False,
 ) -> Timing:
     """Latency, throughput and memory of an exported file, in a process that holds nothing else.
 
+    One that `writes` text is timed in writing some, and not in batches.
     Batch-1 latency first, in rounds with pauses between; then memory; then batches of
     `batch_size`. All inputs are of their largest size.
     Raises LimbeckError, with its last lines, where the process fails or takes too long.
@@ -118,7 +136,7 @@ def time_artifact(
     request = {
         "path": str(path.resolve()), "format": format,
         "inputs": [asdict(one) for one in inputs],
-        "threads": threads, "runs": runs, "batch_size": batch_size,
+        "threads": threads, "runs": runs, "batch_size": batch_size, "writes": writes,
     }  # fmt: skip
     environment = {
         **os.environ,

@@ -21,16 +21,59 @@ import numpy as np
 # inputs by name, batch first -> (B, C) float32 logits
 Arrays = Mapping[str, np.ndarray]
 Predictor = Callable[[Arrays], np.ndarray]
+# some tokens, how many to write after them -> tokens per second on the wall, by feeding any token
+Write = Callable[[list[int], int], float]
 
 # The calls are spread over rounds with a pause between: a neighbour's burst then spoils one round
 # and not the median of all calls.
 _ROUNDS, _PAUSE_S = 5, 0.1
 _WARM_UP_CALLS = 5
+_ASKED, _WRITTEN = 8, 32  # tokens of a prompt, and after it
 
 
 def load(path: str, format: str, threads: int) -> tuple[Predictor, str]:
     """A function from the inputs to logits, and the runtime's name and version."""
-    return _load_hf(path, threads) if format == "hf" else _load_onnx(path, threads)
+    if format.startswith("gguf-"):
+        predict, _, runtime = _load_gguf(path, threads, 512)
+        return predict, runtime
+    return _load_hf(path, threads)[::2] if format == "hf" else _load_onnx(path, threads)
+
+
+def _load_gguf(path: str, threads: int, context: int) -> tuple[Predictor, Write, str]:
+    import llama_cpp
+
+    # Without its AMX kernels: with them 0.3.36 ends the process on some machines.
+    inner = llama_cpp.llama_cpp
+    plain = inner.llama_model_default_params
+
+    def careful() -> Any:
+        found = plain()
+        found.use_extra_bufts = False
+        return found
+
+    inner.llama_model_default_params = careful
+    try:
+        model = llama_cpp.Llama(
+            path, n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads,
+            verbose=False,
+        )  # fmt: skip
+    finally:
+        inner.llama_model_default_params = plain
+
+    def predict(inputs: Arrays) -> np.ndarray:
+        model.reset()
+        model.eval(inputs["input_ids"][0].tolist())
+        return np.zeros((1, 1), np.float32)  # it was for the time
+
+    def write(ids: list[int], n: int) -> float:
+        model.reset()
+        model.eval(ids)
+        start = time.perf_counter()
+        for _ in range(n):
+            model.eval([ids[0]])
+        return n / (time.perf_counter() - start)
+
+    return predict, write, f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
 
 
 def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
@@ -50,7 +93,7 @@ def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
     return predict, f"onnxruntime {onnxruntime.__version__}"
 
 
-def _load_hf(path: str, threads: int) -> tuple[Predictor, str]:
+def _load_hf(path: str, threads: int) -> tuple[Predictor, Write, str]:
     import torch
     import transformers
 
@@ -74,7 +117,19 @@ def _load_hf(path: str, threads: int) -> tuple[Predictor, str]:
         logits: np.ndarray = output.logits.numpy()
         return logits
 
-    return predict, f"torch {torch.__version__}"
+    @torch.inference_mode()
+    def write(ids: list[int], n: int) -> float:
+        torch.set_num_threads(threads)
+        said = model(input_ids=torch.tensor([ids]), use_cache=True)
+        start = time.perf_counter()
+        for _ in range(n):
+            said = model(
+                input_ids=torch.tensor([ids[:1]]), past_key_values=said.past_key_values,
+                use_cache=True,
+            )  # fmt: skip
+        return n / (time.perf_counter() - start)
+
+    return predict, write, f"torch {torch.__version__}"
 
 
 def measure(
@@ -85,9 +140,18 @@ def measure(
     threads: int,
     runs: int,
     batch_size: int,
+    writes: bool = False,
 ) -> dict[str, object]:
     """The fields of `Timing`: speed does not depend on what the inputs are, but on their size."""
-    predict, runtime = load(path, format, threads)
+    if writes:
+        context = inputs[0]["dims"][0]
+        predict, write, runtime = (
+            _load_hf(path, threads) if format == "hf"
+            else _load_gguf(path, threads, max(context, _ASKED + _WRITTEN))
+        )  # fmt: skip
+        batch_size = 1
+    else:
+        predict, runtime = load(path, format, threads)
     batch = random_inputs(inputs, batch_size)
     one = {name: array[:1] for name, array in batch.items()}
 
@@ -98,11 +162,15 @@ def measure(
         time.sleep(_PAUSE_S)
     peak = peak_memory_bytes()  # before the large batches
 
-    _seconds(predict, batch, 1)
-    batches = []
-    for _ in range(_ROUNDS):
-        batches += _seconds(predict, batch, 1)
-        time.sleep(_PAUSE_S)
+    batches, tokens_per_s = [], None
+    if writes:
+        ids = batch["input_ids"][0, :_ASKED].tolist()
+        tokens_per_s = float(np.median([write(ids, _WRITTEN) for _ in range(_ROUNDS)]))
+    else:
+        _seconds(predict, batch, 1)
+        for _ in range(_ROUNDS):
+            batches += _seconds(predict, batch, 1)
+            time.sleep(_PAUSE_S)
 
     # One thread: the time that it held a core. On a machine that does nothing else this is the
     # time on the wall; beside three busy processes the same file gave 63 to 115 ms on the wall and
@@ -115,7 +183,9 @@ def measure(
         "latency_p95_ms": float(p95),
         "latency_iqr_ms": float(high - low),
         "latency_wall_ms": float(np.median(calls[:, 0])),
-        "throughput_per_s": float(batch_size / np.median(np.array(batches)[:, column])),
+        "throughput_per_s": float(batch_size / np.median(np.array(batches)[:, column]))
+        if batches else None,
+        "tokens_per_s": tokens_per_s,
         "peak_memory_bytes": peak,
         "device": "cpu",
         "threads": threads,

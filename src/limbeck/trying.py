@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,29 @@ def classify(student: Path, what: str) -> list[tuple[str, float]]:
     return [(names[i], float(probs[i])) for i in np.argsort(-probs)]
 
 
+def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | None:
+    """The text that comes after the prompt, as it is written: the likeliest token each time; None
+    for a model that classifies.
+
+    By its `hf` folder, whatever file is named. The prompt goes in as it is, without a chat
+    template. Raises SourceError, DataError.
+    """
+    from limbeck.causal import load_causal
+    from limbeck.generating import Sampling, end_ids, stream
+    from limbeck.models import load_tokenizer
+    from limbeck.tasks.conversations import Encoder
+
+    hf = _find(student)[2]
+    config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
+    if not any(name.endswith("ForCausalLM") for name in config.get("architectures") or ()):
+        return None
+    where = str(hf)
+    model, tokenizer = load_causal(hf, where=where), load_tokenizer(hf, where=where)
+    asked = Encoder(tokenizer, "text", where=where).prompt(prompt)
+    sampling = Sampling(max_new_tokens=max_new_tokens, sampling_temperature=0)
+    return stream(model, tokenizer, asked, sampling, ends=end_ids(model))
+
+
 def _of_text(text: str, hf: Path) -> dict[str, np.ndarray]:
     from transformers import AutoTokenizer
 
@@ -45,6 +69,8 @@ def _find(student: Path) -> tuple[Path, Format, Path]:
     if student.suffix == ".onnx" and student.is_file():
         format: Format = "onnx-int8" if "int8" in student.name else "onnx-fp32"
         return student, format, student.parent.parent / "hf"
+    if student.suffix == ".gguf" and student.is_file():
+        return student.parent.parent / "hf", "hf", student.parent.parent / "hf"
     if (student / "onnx" / "model-int8.onnx").is_file():
         return student / "onnx" / "model-int8.onnx", "onnx-int8", student / "hf"
     for folder in (student, student / "hf"):
@@ -53,6 +79,6 @@ def _find(student: Path) -> tuple[Path, Format, Path]:
     raise SourceError(
         str(student),
         "no student there",
-        allowed="RUN/students/NAME, an .onnx file, an hf folder",
+        allowed="RUN/students/NAME, an .onnx or .gguf file, an hf folder",
         fix="`limbeck report RUN` shows a run's students",
     )

@@ -98,7 +98,9 @@ def importance(
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    return cross_entropy(model(**batch.inputs).logits, batch.labels).mean()
+    """The mean over what counts."""
+    logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
+    return cross_entropy(logits, batch.labels[batch.mask]).mean()
 
 
 def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:

@@ -24,7 +24,15 @@ from limbeck.types import Shape
 HARM = {"hidden": 1.22, "layers": 0.74, "ffn": 0.39}
 _FFN_STEP = 64  # a multiple that every runtime's kernels like
 _CHANNEL_STEP = 4  # the same for convolutions, where a quarter of an axis is no less
-_BYTES = {"hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4)}  # of (matrices, the rest)
+_HIDDEN_STEP = 32  # the same for a width that heads do not bind, and a block of GGUF's
+_BYTES = {  # of a weight in (matrices, the rest)
+    "hf": (4, 4), "onnx-fp32": (4, 4), "onnx-int8": (1, 4), "gguf-f16": (2, 4),
+    "gguf-q8_0": (34 / 32, 4), "gguf-q4_0": (18 / 32, 4),
+}  # fmt: skip
+
+
+# matrices, the rest, bytes: outside of the layers, and inside of each stack's
+_Counted = tuple[tuple[float, float, float], dict[str, tuple[float, float, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +66,27 @@ def candidates(
     proved = usable(axes)
     depths = [axis for axis in stacks(proved) if axis.name != "layers"]
     return [
-        _candidate(shapes, proved, sizes, kept, depths, format, overhead)
+        _candidate(counted, proved, sizes, kept, depths, overhead)
         for sizes in _widths(proved)
+        for counted in (_count(shapes, proved, sizes, format),)
         for kept in _depths(proved, depths)
     ]
 
 
 def _candidate(
-    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int],
-    kept: Mapping[str, int], depths: Sequence[Axis], format: str, overhead: tuple[int, int],
+    counted: _Counted, axes: Sequence[Axis], sizes: Mapping[str, int], kept: Mapping[str, int],
+    depths: Sequence[Axis], overhead: tuple[int, int],
 ) -> Candidate:  # fmt: skip
-    outside, inside = _count(shapes, axes, sizes)
-    matrices, rest = outside
-    for name, (own_matrices, own_rest) in inside.items():
+    (matrices, rest, size_bytes), inside = counted
+    for name, (own_matrices, own_rest, own_bytes) in inside.items():
         axis = find_axis(axes, name)
         assert axis is not None
         free = axis.size - len(axis.pinned)
         share = (kept[name] - len(axis.pinned)) / free if free else 0.0
         matrices, rest = matrices + own_matrices * share, rest + own_rest * share
+        size_bytes += own_bytes * share
     n = sum(kept.values())
-    per_matrix, per_rest = _BYTES[format]
-    size_bytes = matrices * per_matrix + rest * per_rest + overhead[0] + overhead[1] * n
+    size_bytes += overhead[0] + overhead[1] * n
     if depths:
         per_layer = matrices / n
     elif layers := find_axis(axes, "layers"):
@@ -100,13 +108,15 @@ def _widths(axes: Sequence[Axis]) -> list[dict[str, int]]:
     stages = any("[" in field for axis in staged for field in axis.fields)
     if stages and find_axis(axes, "layers") is None:
         return _scaled(staged)
+    heads = find_axis(axes, "heads")
+    num_heads = int(heads.fields.get("num_attention_heads", 0)) * heads.size if heads else 0
     combinations: list[dict[str, int]] = [{}]
     for axis in open_:
         if axis.name in HARM:
             combinations = [
                 {**sizes, axis.name: size, **{k: size // f for k, f in axis.coupled.items()}}
                 for sizes in combinations
-                for size in _sizes(axis)
+                for size in _sizes(axis, num_heads)
             ]
     return combinations
 
@@ -144,17 +154,23 @@ def _depths(axes: Sequence[Axis], staged: Sequence[Axis]) -> list[dict[str, int]
     return [dict(kept) for kept in dict.fromkeys(tuple(share.items()) for share in shares)]
 
 
-def _sizes(axis: Axis) -> list[int]:
+def _sizes(axis: Axis, num_heads: int) -> list[int]:
     step = axis.granularity
     if axis.name == "ffn" and axis.size % _FFN_STEP == 0:
         step = math.lcm(step, _FFN_STEP)
+    if axis.name == "hidden" and step == 1 and num_heads and axis.size % num_heads == 0:
+        # heads have a width of their own; but transformers' configs want a multiple all the same
+        blocks = math.lcm(num_heads, _HIDDEN_STEP)
+        step = blocks if axis.size % blocks == 0 and axis.size >= 256 else num_heads
     return list(range(step, axis.size + 1, step))
 
 
 def _count(
-    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int]
-) -> tuple[tuple[float, float], dict[str, tuple[float, float]]]:
-    """((matrices, rest) outside the layers, and of each stack inside all its layers): parameters.
+    shapes: Mapping[str, tuple[int, ...]], axes: Sequence[Axis], sizes: Mapping[str, int],
+    format: str,
+) -> _Counted:  # fmt: skip
+    """((matrices, rest, bytes) outside the layers, and of each stack inside all its layers):
+    parameters, and what they take in a file.
 
     A convolution's kernel is a matrix. Layers that cannot go count as outside.
     """
@@ -165,8 +181,8 @@ def _count(
     places = members_by_parameter([group for axis in axes for group in axis.groups])
     repeated = stacks(axes)
     shared = {name for axis in repeated for name in first_only(axis.pattern, shapes)}
-    outside = [0.0, 0.0]
-    inside = {axis.name: [0.0, 0.0] for axis in repeated}
+    outside = [0.0, 0.0, 0.0]
+    inside = {axis.name: [0.0, 0.0, 0.0] for axis in repeated}
     for name, shape in shapes.items():
         dims = list(shape)
         for group, member in places.get(name, ()):
@@ -177,7 +193,25 @@ def _count(
             if place and place[0] not in axis.pinned and name not in shared:
                 where = inside[axis.name]
         where[0 if len(dims) > 1 else 1] += math.prod(dims)
-    return (outside[0], outside[1]), {name: (a, b) for name, (a, b) in inside.items()}
+        where[2] += math.prod(dims) * _per_weight(format, dims, inside=where is not outside)
+    return _three(outside), {name: _three(found) for name, found in inside.items()}
+
+
+def _three(counts: Sequence[float]) -> tuple[float, float, float]:
+    matrices, rest, size_bytes = counts
+    return matrices, rest, size_bytes
+
+
+def _per_weight(format: str, dims: Sequence[int], *, inside: bool) -> float:
+    """Bytes. GGUF: see `export.gguf`, which rows do not divide into blocks, and what is in Q8_0
+    beside Q4_0."""
+    if len(dims) < 2:
+        return _BYTES[format][1]
+    if format in ("gguf-q8_0", "gguf-q4_0") and dims[-1] % 32:
+        format = "gguf-f16"
+    elif format == "gguf-q4_0" and not inside:
+        format = "gguf-q8_0"
+    return _BYTES[format][0]
 
 
 def shape_of(

@@ -126,6 +126,8 @@ def _kept(report: Report, student: StudentEntry) -> str:
         return "Not measured yet."
     text = f"As {student.primary}, on {ours.n:,} held-out examples: {ours.metric} "
     text += f"{quality_text(ours)}, the teacher's {quality_text(theirs)}."
+    if ours.perplexity and theirs.perplexity:
+        text += f" Perplexity {ours.perplexity:.2f}, the teacher's {theirs.perplexity:.2f}."
     if student.retention:
         text += f" It keeps {quality_text(student.retention)} of it."
     if student.fidelity:
@@ -183,12 +185,12 @@ def _snippets(report: Report, student: StudentEntry) -> Sequence[str]:
     kind = kind_of(report.recipe)
     parts = ["In this folder, with transformers:", f"```python\n{kind.transformers}```"]
     here, file = student.artifact("hf"), student.main
-    if not file.format.startswith("onnx"):
-        file = next((a for a in student.artifacts if a.format.startswith("onnx")), file)
-    if here and file.format.startswith("onnx"):
+    if not file.format.startswith(kind.runs):
+        file = next((a for a in student.artifacts if a.format.startswith(kind.runs)), file)
+    if here and file.format.startswith(kind.runs):
         path = json.dumps(os.path.relpath(file.path, here.path))
-        code = kind.onnx(report.recipe.get("task", {})).replace("PATH", path)
-        parts += [f"With ONNX Runtime, and no torch ({file.format}):", f"```python\n{code}```"]
+        code = kind.other(report.recipe.get("task", {})).replace("PATH", path)
+        parts += [f"{kind.by} ({file.format}):", f"```python\n{code}```"]
     return parts
 
 

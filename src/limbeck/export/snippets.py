@@ -18,8 +18,11 @@ class Kind:
     takes: Callable[[Settings], str]
     """One sentence about the input."""
     transformers: str
-    onnx: Callable[[Settings], str]
-    """With PATH where the file's name belongs."""
+    other: Callable[[Settings], str]
+    """For the exported files, with PATH where the file's name belongs."""
+    runs: str = "onnx"
+    """How the formats of these files begin."""
+    by: str = "With ONNX Runtime, and no torch"
 
 
 def kind_of(recipe: Mapping[str, Any]) -> Kind:
@@ -129,11 +132,39 @@ best = int(logits.argmax())
 print(labels[str(best)], f"{{probabilities[best]:.3f}}")
 """
 
+_LANGUAGE = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".").eval()
+inputs = tokenizer("Your text", return_tensors="pt", return_token_type_ids=False)
+with torch.inference_mode():
+    written = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+"""
+
+_LANGUAGE_GGUF = """\
+from llama_cpp import Llama
+
+model = Llama(PATH, verbose=False)
+print(model.create_completion("Your text", max_tokens=40, temperature=0)["choices"][0]["text"])
+"""
+
+
+def _row(task: Settings) -> str:
+    return f"it was taught on rows of at most {task.get('max_tokens')} tokens"
+
+
 KINDS = {
     "text-classification": Kind(
         "A text classifier", "text-classification", _tokens, _TEXT, _text_onnx
     ),
     "image-classification": Kind(
         "An image classifier", "image-classification", _pixels, _IMAGE, lambda _: _IMAGE_ONNX
+    ),
+    "language-modeling": Kind(
+        "A language model", "text-generation", _row, _LANGUAGE, lambda _: _LANGUAGE_GGUF,
+        runs="gguf", by="With llama.cpp, by llama-cpp-python",
     ),
 }

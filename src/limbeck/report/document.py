@@ -32,7 +32,10 @@ class Quality(Spec):
     high: float
     """Upper end of the 95 % bootstrap interval."""
     n: int = Field(ge=0)
-    """Examples it was measured on."""
+    """Examples it was measured on; of a language model the documents, whose tokens count."""
+    perplexity: float | None = Field(None, ge=0)
+    """Of a language model: exp of the mean loss of a token, less is better. Comparable between
+    models of one tokenizer alone."""
 
 
 class Retention(Spec):
@@ -85,6 +88,10 @@ class Artifact(Spec):
     """Batch 1."""
     throughput_per_s: float | None = Field(None, ge=0)
     """Examples per second, batch 32."""
+    tokens_per_s: float | None = Field(None, ge=0)
+    """Of a language model: tokens written per second, one after the other."""
+    runtime: str | None = None
+    """Name and version of what ran it for the times."""
     peak_memory_bytes: int | None = Field(None, ge=0)
     """Of the process that ran it."""
     device: str

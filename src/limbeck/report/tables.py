@@ -44,11 +44,12 @@ class Table:
 
 def models_table(report: Report) -> Table:
     """Teacher and students, each in its primary format."""
-    head = (
+    head: tuple[str, ...] = (
         "model", "parameters", "size", "latency, median (p95)", "throughput", "peak memory",
         report.metric, "retention", "agreement", "mean KL, nats",
     )  # fmt: skip
-    rows = [(*_cost_cells("teacher", report.teacher), "100 %", NONE, NONE)]
+    models = (report.teacher, *report.students)
+    rows: list[tuple[str, ...]] = [(*_cost_cells("teacher", report.teacher), "100 %", NONE, NONE)]
     for student in report.students:
         fidelity = student.fidelity
         kl = fidelity.mean_kl if fidelity else None
@@ -60,7 +61,15 @@ def models_table(report: Report) -> Table:
                 NONE if kl is None else f"{kl:.3f}",
             )
         )
+    if any(q.perplexity for m in models if (q := m.main.quality)):  # of language models
+        head += ("perplexity", "tokens written")
+        rows = [(*row, *_text_cells(model)) for row, model in zip(rows, models, strict=True)]
     return Table(head, tuple(rows))
+
+
+def _text_cells(model: TeacherEntry) -> tuple[str, str]:
+    perplexity = model.main.quality.perplexity if model.main.quality else None
+    return (NONE if perplexity is None else f"{perplexity:.2f}", rate_text(model.main.tokens_per_s))
 
 
 def _cost_cells(name: str, model: TeacherEntry) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def capture(
     progress: Progress,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    batch_size: int = _BATCH,
 ) -> None:
     """Ask the teacher about every row once, and write what it says by each codec into its folder.
 
@@ -68,8 +69,8 @@ def capture(
             done = total - sum(sizes[number] for number in left)
             with progress.bar("capture", total, "examples", done=done) as bar:
                 for number in left:
-                    starts = range(number * _SHARD, ends[number], _BATCH)
-                    batches = (range(s, min(s + _BATCH, ends[number])) for s in starts)
+                    starts = range(number * _SHARD, ends[number], batch_size)
+                    batches = (range(s, min(s + batch_size, ends[number])) for s in starts)
                     parts = []
                     for part in on_each(ask, batches):
                         parts.append(part)

@@ -18,6 +18,15 @@ _OF_OUTCOMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl",
 _BYTES_PER_ROW = 16 + 40  # id and count in the shard, five numbers in the index
 
 
+def sizes_of(about: Mapping[str, Any]) -> dict[str, int]:
+    """Of prepared data, by their `data.json`, as `codec_settings` takes them: every view is a row,
+    and a row has one position unless the task counts them itself."""
+    rows = about["rows"]["train"] * about.get("views", 1)
+    positions = about["counted"]["train"] if "counted" in about else rows
+    classes = about.get("vocab_size") or len(about["labels"])
+    return {"vocab_size": classes, "rows": rows, "positions": positions}
+
+
 def codec_settings(
     spec: SignalsSpec, *, temperature: float | None, vocab_size: int, rows: int, positions: int
 ) -> dict[str, Any]:

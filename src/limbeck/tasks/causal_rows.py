@@ -29,6 +29,7 @@ class Rows:
     pad_id: int
     layout: str
     num_views = 1
+    num_together = 4  # (B, T, V) logits are large
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,9 +105,12 @@ class Rows:
         return found
 
     @property
-    def num_counted(self) -> int:
-        """Positions that count, of all rows."""
-        return sum(int(batch.mask.sum()) for batch in self.batches(64))
+    def num_positions(self) -> int:
+        """That count, of all rows: each wanted token but one that begins a document."""
+        found = 0
+        for counted, starts in zip(self.counted, self.starts, strict=True):
+            found += int(counted.sum()) - int(counted[starts].sum())
+        return found
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from limbeck import models
 from limbeck.cores import on_each
 from limbeck.errors import DataError, RecipeError, SourceError
 from limbeck.export.folder import save_model
+from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import replaced, write_json
@@ -38,6 +39,7 @@ from limbeck.tasks.images import (
     transform,
 )
 from limbeck.tasks.splits import check_labels, hold_out, limited
+from limbeck.tasks.task import Outline
 from limbeck.types import Batch, Input
 
 _CLASSIFIERS = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # by model_type
@@ -61,6 +63,7 @@ class Rows:
     std: Sequence[float]
     augment: AugmentSpec | None = None
     seed: int = 0
+    num_together = 32
 
     def __len__(self) -> int:
         return len(self.places)
@@ -77,6 +80,10 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         return np.ones(len(self), np.int64)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """View v of row i stands at v * N + i. `pixel_values` (B, C, S, S)."""
@@ -134,6 +141,10 @@ class ImageClassification:
             mean=about["mean"], std=about["std"],
             augment=self.spec.augment if split == "train" else None, seed=self.seed,
         )  # fmt: skip
+
+    @property
+    def judge(self) -> OfClassifier:
+        return OfClassifier(self.labels)
 
     def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
         config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
@@ -196,11 +207,11 @@ def open_task(recipe: Recipe, folder: Path) -> ImageClassification:
     return ImageClassification(tuple(about["labels"]), recipe.task, recipe.seed, folder)
 
 
-def outline(recipe: Recipe, train: Path) -> tuple[ImageClassification, int]:
+def outline(recipe: Recipe, train: Path, model: Path) -> Outline:  # noqa: ARG001 for any alike
     assert isinstance(recipe.task, ImageTask)
     table = read_images(train, recipe.data, part="train")
     task = ImageClassification(tuple(sorted({*table.labels})), recipe.task, recipe.seed)
-    return task, len(table.labels)
+    return Outline(task=task, num_rows=len(table.labels), num_classes=len(task.labels))
 
 
 def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from limbeck.causal import build_causal, load_causal, read_causal_config, save_causal
 from limbeck.errors import DataError, RecipeError, SourceError
 from limbeck.fast_tokenizer import tokenizer_fingerprints
+from limbeck.judging_language import OfLanguageModel
 from limbeck.models import load_tokenizer
 from limbeck.run import replaced, write_json
 from limbeck.tasks.causal_rows import Rows
@@ -29,9 +30,8 @@ from limbeck.tasks.splits import hold_out, limited
 from limbeck.tasks.task import SPLITS
 from limbeck.types import Input
 
-# SmolLM2's tokenizer.json has 72 bytes for each of 49,152 tokens (a GGUF file has 36). Other
-# formats are for whoever adds them to the recipe.
-_OVERHEAD = {"hf": (3_530_000, 1_000)}
+_TOKEN_BYTES = {"hf": 72, "gguf": 36}  # of SmolLM2's 49,152, each with its merge
+_LAYER_BYTES = 1_000  # names and shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,8 @@ class LanguageModeling:
 
     max_tokens: int
     folder: Path | None = None
+    vocab_size: int | None = None
+    """Where nothing was prepared yet."""
 
     labels: tuple[str, ...] = ()
     calibrated = False
@@ -85,6 +87,10 @@ class LanguageModeling:
             ids=np.arange(len(table)), **columns, pad_id=self.about["pad_id"],
             layout=self.about["layout"],
         )  # fmt: skip
+
+    @property
+    def judge(self) -> OfLanguageModel:
+        return OfLanguageModel()
 
     def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
         """Raises SourceError, and RecipeError for rows that are longer than the model's context."""
@@ -110,7 +116,8 @@ class LanguageModeling:
         save_causal(model, load_tokenizer(origin, where=str(origin)), folder)
 
     def overhead(self, format: str) -> tuple[int, int]:
-        return _OVERHEAD[format]
+        tokens = self.about["vocab_size"] if self.folder else self.vocab_size or 0
+        return tokens * _TOKEN_BYTES[format.partition("-")[0]] + 4_000, _LAYER_BYTES
 
     @property
     def input_fields(self) -> tuple[str, ...]:
@@ -192,7 +199,7 @@ def prepare(
     laid, cut = {}, {}
     for split in SPLITS:
         source, at, place = chosen[split]
-        pieces, cut[split] = _pieces(data, encoder, source, at, place)
+        pieces, cut[split] = pieces_of(data, encoder, source, at, place)
         highest = max(int(piece.tokens.max()) for piece in pieces)
         if highest >= config.vocab_size:
             raise SourceError(
@@ -201,14 +208,15 @@ def prepare(
                 allowed="model and tokenizer that were made for each other",
                 fix="save the right tokenizer into the model's folder",
             )  # fmt: skip
-        laid[split] = _lay_out(data, pieces)
+        laid[split] = laid_out(data, pieces)
     for split, rows in laid.items():
         with replaced(folder / f"{split}.parquet") as aside:
             pq.write_table(_table(rows), aside)
-    write_json(folder / "data.json", _about(data, encoder, laid, chosen, cut))
+    about = _about(data, encoder, laid, chosen, cut)
+    write_json(folder / "data.json", about | {"vocab_size": config.vocab_size})
 
 
-def _pieces(
+def pieces_of(
     data: CausalData, encoder: Encoder, records: Records, at: np.ndarray, where: str
 ) -> tuple[list[Piece], int]:
     """The split's documents, none longer than a row, and how many completions were cut."""
@@ -235,7 +243,7 @@ def _pieces(
     return found, cut
 
 
-def _lay_out(data: CausalData, pieces: list[Piece]) -> list[list[Piece]]:
+def laid_out(data: CausalData, pieces: list[Piece]) -> list[list[Piece]]:
     if data.layout == "pad":
         return [[piece] for piece in pieces]
     rows = packed([len(piece) for piece in pieces], data.max_tokens)
@@ -271,7 +279,20 @@ def _about(
     counts = {
         split: [piece for row in rows for piece in row] for split, rows in laid.items()
     }  # fmt: skip
+    counted = {
+        split: sum(int(piece.counted[1:].sum()) for piece in found)
+        for split, found in counts.items()
+    }
+    twice = len(texts["train"] & texts["test"])
+    warnings = []
+    if twice:
+        warnings.append(f"{twice} documents of the test rows stand word for word in the training "
+                        "rows.")  # fmt: skip
+    if sum(cut.values()):
+        warnings.append(f"{sum(cut.values())} completions were cut to {data.max_tokens} tokens.")
     return {
+        "labels": [],
+        "warnings": warnings,
         "kind": data.columns.kind,
         "layout": data.layout,
         "max_tokens": data.max_tokens,
@@ -280,10 +301,7 @@ def _about(
         "rows": {split: len(rows) for split, rows in laid.items()},
         "documents": {split: len(at) for split, (_, at, _) in chosen.items()},
         "tokens": {split: sum(map(len, found)) for split, found in counts.items()},
-        "counted": {
-            split: sum(int(piece.counted[1:].sum()) for piece in found)
-            for split, found in counts.items()
-        },
+        "counted": counted,
         "completions_cut": dict(cut),
-        "documents_in_train_and_test": len(texts["train"] & texts["test"]),
+        "documents_in_train_and_test": twice,
     }

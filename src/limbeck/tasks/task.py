@@ -1,16 +1,18 @@
 """What the pipeline asks of a task, and where each kind of task lives.
 
 A kind is a module with three functions of these names: `prepare` reads, checks and splits the data
-into a folder; `open_task` serves such a folder; `outline` says what `plan` needs before that.
+into a folder; `open_task` serves such a folder; `outline` says what `plan` needs before that. One
+whose teachers have to be made ready first has `make_model` too (see `recipe_task`).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from limbeck.judging import Asked
+
 SPLITS = ("train", "validation", "test")
+_ENOUGH = 2048  # positions
 _KINDS = {
     "text-classification": "limbeck.tasks.text_classification",
     "image-classification": "limbeck.tasks.image_classification",
+    "language-modeling": "limbeck.tasks.language_recipe",
 }
 
 
@@ -51,6 +57,16 @@ class Rows(Protocol):
         """In how many ways each row is shown; 1 where it is always the same."""
         ...
 
+    @property
+    def num_positions(self) -> int:
+        """That count, of all rows: labels, or tokens to be predicted."""
+        ...
+
+    @property
+    def num_together(self) -> int:
+        """How many rows a model is asked about at a time."""
+        ...
+
     def __len__(self) -> int:
         """Rows, not views."""
         ...
@@ -65,6 +81,28 @@ class Rows(Protocol):
 
     def sample(self, n: int | None, *, seed: int) -> Self:
         """n rows drawn at random, in file order; all of them where n is None or too large."""
+        ...
+
+
+class Judge(Protocol):
+    """Says what exported files answer, and what that is worth."""
+
+    def ask(self, path: Path, format: str, rows: Any, told: Callable[[int], object]) -> Asked:
+        """`told` is given the number of rows done since it was last told."""
+        ...
+
+    def quality(self, asked: Asked) -> dict[str, Any]:
+        """As report.json spells it."""
+        ...
+
+    def parity(self, origin: Asked, asked: Asked, rows: Any) -> dict[str, Any]:
+        """How far a file is from the model that it was made of, on rows that both were asked."""
+        ...
+
+    def compare(
+        self, teacher: Asked, student: Asked, told: Callable[[int], object]
+    ) -> dict[str, Any]:
+        """Retention, fidelity and capabilities, as report.json spells them."""
         ...
 
 
@@ -95,6 +133,11 @@ class Task(Protocol):
 
     def save(self, model: PreTrainedModel, origin: Path, folder: Path) -> None:
         """A plain Hugging Face folder, with the tokenizer or the like of the folder `origin`."""
+        ...
+
+    @property
+    def judge(self) -> Judge:
+        """Who says what answers are worth."""
         ...
 
     @property
@@ -139,9 +182,29 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     _kind(recipe).prepare(recipe, train, test, model, folder)
 
 
-def outline(recipe: Recipe, train: Path) -> tuple[Task, int]:
-    """A task without rows yet, and how many rows the file has."""
-    found: tuple[Task, int] = _kind(recipe).outline(recipe, train)
+def make_model(recipe: Recipe, model: Path, train: Path, folder: Path) -> None:
+    """The teacher as all that follows takes it, where the kind `remakes` it."""
+    _kind(recipe).make_model(recipe, model, train, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """Before any data are prepared."""
+
+    task: Task
+    """Without rows yet."""
+    num_rows: int
+    """In the file."""
+    num_classes: int
+    """What logits are over."""
+    rows_each: float = 1.0
+    """What becomes of a row of the file."""
+    positions_each: float = 1.0
+
+
+def outline(recipe: Recipe, train: Path, model: Path) -> Outline:
+    """What `plan` needs."""
+    found: Outline = _kind(recipe).outline(recipe, train, model)
     return found
 
 
@@ -158,8 +221,21 @@ class AllViews:
     def __len__(self) -> int:
         return len(self.rows) * self.rows.num_views
 
+    @property
+    def num_positions(self) -> int:
+        return self.rows.num_positions * self.rows.num_views
+
     def batch(self, positions: Sequence[int]) -> Batch:
         return self.rows.batch(positions)
+
+
+_Rows = TypeVar("_Rows", bound=Rows)
+
+
+def some(rows: _Rows, n: int, *, seed: int) -> _Rows:
+    """n rows drawn at random; of rows with many positions only as many as have some thousands."""
+    each = max(1.0, rows.num_positions / max(1, len(rows)))
+    return rows.sample(min(n, math.ceil(_ENOUGH / each)), seed=seed)
 
 
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:

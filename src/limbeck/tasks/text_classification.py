@@ -20,11 +20,13 @@ from limbeck import models
 from limbeck.errors import SourceError
 from limbeck.export.folder import save_model, save_tokenizer
 from limbeck.fast_tokenizer import tokenizer_fingerprints
+from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import TextTask
 from limbeck.run import replaced, write_json
 from limbeck.tasks.splits import check_labels, hold_out, limited
 from limbeck.tasks.tables import read_table
+from limbeck.tasks.task import Outline
 from limbeck.types import Batch, Input
 
 _CHARACTERS_PER_TOKEN = 16  # more than words have; a text of longer ones is tokenised whole
@@ -43,6 +45,7 @@ class Rows:
     texts: tuple[str, ...]  # what those tokens cover
     pad_id: int
     num_views = 1
+    num_together = 32
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,6 +53,10 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(tokens) for tokens in self.tokens])
+
+    @property
+    def num_positions(self) -> int:
+        return len(self)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Padded on the right to the longest; (B, T)."""
@@ -104,6 +111,10 @@ class TextClassification:
             texts=tuple(table["text"].to_pylist()),
             pad_id=self.pad_id,
         )
+
+    @property
+    def judge(self) -> OfClassifier:
+        return OfClassifier(self.labels)
 
     def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
         config = models.read_config(folder, where=where)
@@ -162,11 +173,11 @@ def open_task(recipe: Recipe, folder: Path) -> TextClassification:
     )
 
 
-def outline(recipe: Recipe, train: Path) -> tuple[TextClassification, int]:
+def outline(recipe: Recipe, train: Path, model: Path) -> Outline:  # noqa: ARG001 for any alike
     assert isinstance(recipe.task, TextTask)
     table = read_table(train, recipe.data, where="recipe.data.train")
     task = TextClassification(tuple(sorted({*table.labels})), recipe.task.max_tokens)
-    return task, len(table.texts)
+    return Outline(task=task, num_rows=len(table.texts), num_classes=len(task.labels))
 
 
 def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder: Path) -> None:
