@@ -30,7 +30,7 @@ def test_a_budget_that_the_measurement_shows_unmet(distil, run, monkeypatch):
     monkeypatch.setattr(runtime, "time_artifact", slower)
     message = distil("students.one.budget={latency_ms: 2}", out=run, code=3)
     assert message.startswith("limbeck: recipe.students.one.budget: ")
-    assert "misses its latency budget by 50.0 %: 3 ms, 2 ms asked" in message
+    assert "misses its latency budget by 50.0 %: 3 ms, at most 2 ms asked" in message
     report = json.loads((run / "report.json").read_text())
     assert report["students"][0]["budget"]["met"] is False
     assert "misses its latency budget by 50.0 %" in (run / "report.md").read_text()
