@@ -1,6 +1,7 @@
 """A language model through the whole pipeline: from a recipe to GGUF files and their report."""
 
 import json
+from importlib import util
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 import limbeck
 import tiny_language
+from limbeck import runtime
 from limbeck.causal import load_causal
 from limbeck.cli import main
 from limbeck.errors import RecipeError
@@ -119,6 +121,21 @@ def test_a_student_writes_on_and_the_cards_snippet_too(done, capsys, monkeypatch
     monkeypatch.chdir(student / "hf")
     exec(code.replace('"Your text"', "'the old'").replace("=40", "=60"), {"__name__": "card"})
     assert capsys.readouterr().out.strip() == said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["hf", "gguf-q8_0"])
+def test_files_are_timed_in_writing(done, format):
+    folder, _ = done
+    run = folder / "out"
+    recipe, _ = load_recipe(run)
+    task, hf = open_task(recipe, run / "data"), run / "students/one/hf"
+    config = task.read_config(hf, where="x")
+    timing = runtime.time_file(recipe, task, config, hf, run / "students/one/gguf", format)
+    by_llama = format != "hf" and util.find_spec("llama_cpp") is not None
+    assert timing.runtime.startswith("llama.cpp" if by_llama else "torch")
+    assert timing.tokens_per_s > 1 and timing.latency_ms > 0 and timing.throughput_per_s is None
+    assert timing.peak_memory_bytes > 20e6 and timing.runs == 10
 
 
 def test_losses_are_of_what_counts(done):
