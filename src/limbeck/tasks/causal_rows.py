@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from limbeck.tasks.rows import in_order, some_of
 from limbeck.types import Batch
 
 
@@ -78,14 +79,13 @@ class Rows:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))))
+        return in_order(self, batch_size)
 
     def sample(self, n: int | None, *, seed: int) -> Rows:
         """n rows drawn at random, in order; all of them where n is None or too large."""
         if n is None or n >= len(self):
             return self
-        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
+        at = some_of(len(self), n, seed=seed)
         return replace(
             self, ids=self.ids[at], tokens=tuple(self.tokens[i] for i in at),
             counted=tuple(self.counted[i] for i in at), starts=tuple(self.starts[i] for i in at),

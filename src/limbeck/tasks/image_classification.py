@@ -38,7 +38,8 @@ from limbeck.tasks.images import (
     tensor_of,
     transform,
 )
-from limbeck.tasks.splits import check_labels, hold_out, limited
+from limbeck.tasks.rows import in_order, some_of
+from limbeck.tasks.splits import divided
 from limbeck.tasks.task import Outline
 from limbeck.types import Batch, Input
 
@@ -102,14 +103,13 @@ class Rows:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, as they are, in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))))
+        return in_order(self, batch_size)
 
     def sample(self, n: int | None, *, seed: int) -> Rows:
         """n rows drawn at random, in file order; all of them where n is None or too large."""
         if n is None or n >= len(self):
             return self
-        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
+        at = some_of(len(self), n, seed=seed)
         return replace(
             self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at]
         )
@@ -223,22 +223,10 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     data, spec = recipe.data, recipe.task
     assert isinstance(spec, ImageTask)
     table = read_images(train, data, part="train")
-    everything = np.arange(len(table.labels))
-    if test is None:
-        assert data.test_fraction is not None  # the recipe checked it
-        held, kept = hold_out(table.groups, everything, data.test_fraction, recipe.seed, "test")
-        test_table, test_at = table, held
-    else:
-        test_table, kept = read_images(test, data, part="test"), everything
-        test_at = np.arange(len(test_table.labels))
-    validation_at, train_at = hold_out(
-        table.groups, kept, data.validation_fraction, recipe.seed, "validation"
+    test_table = table if test is None else read_images(test, data, part="test")
+    labels, (train_at, validation_at, test_at) = divided(
+        recipe, table.labels, table.groups, None if test is None else test_table.labels
     )
-    train_at = limited(train_at, data.max_train_rows, recipe.seed)
-    test_at = limited(test_at, data.max_test_rows, recipe.seed)
-    labels = sorted({table.labels[i] for i in train_at})
-    check_labels(labels, table.labels, validation_at, "recipe.data.train (validation rows)")
-    check_labels(labels, test_table.labels, test_at, "recipe.data.test")
     task = ImageClassification(tuple(labels), spec, recipe.seed)
     if recipe.teacher.config is not None:
         models.make_config(recipe.teacher.config, where="recipe.teacher.config")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from limbeck.tasks.causal_rows import Rows
 from limbeck.tasks.conversations import Encoder
 from limbeck.tasks.packing import Piece, packed, windows
 from limbeck.tasks.records import Columns, Records, read_records
+from limbeck.tasks.rows import token_inputs
 from limbeck.tasks.splits import hold_out, limited
 from limbeck.tasks.task import SPLITS
 from limbeck.types import Input
@@ -124,11 +125,7 @@ class LanguageModeling:
         return ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
     def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
-        vocab_size: int = config.vocab_size
-        mask = Input(
-            name="attention_mask", dims=(self.max_tokens,), free=("tokens",), dtype="int64"
-        )
-        return replace(mask, name="input_ids", below=vocab_size), mask
+        return token_inputs(self.max_tokens, config.vocab_size)
 
     def preprocessing(self, model: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(model, where=str(model))

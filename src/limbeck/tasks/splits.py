@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from limbeck.errors import DataError
+from limbeck.recipe import Recipe
 
 
 def hold_out(
@@ -64,3 +65,30 @@ def check_labels(
             + (", ..." if len(labels) > 8 else ""),
             fix="mend those rows, or set data.label, the split or max_train_rows otherwise",
         )  # fmt: skip
+
+
+def divided(
+    recipe: Recipe, labels: Sequence[str], groups: Sequence[str] | None,
+    test_labels: Sequence[str] | None,
+) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:  # fmt: skip
+    """The labels that are learnt, sorted, and which rows are trained on, chosen on, measured on:
+    the last of the test table, or of the same one where there is none.
+
+    Raises DataError as `hold_out` and `check_labels` do.
+    """
+    data, everything = recipe.data, np.arange(len(labels))
+    if test_labels is None:
+        assert data.test_fraction is not None  # the recipe checked it
+        test_at, kept = hold_out(groups, everything, data.test_fraction, recipe.seed, "test")
+        test_labels = labels
+    else:
+        test_at, kept = np.arange(len(test_labels)), everything
+    validation_at, train_at = hold_out(
+        groups, kept, data.validation_fraction, recipe.seed, "validation"
+    )
+    train_at = limited(train_at, data.max_train_rows, recipe.seed)
+    test_at = limited(test_at, data.max_test_rows, recipe.seed)
+    learnt = sorted({labels[i] for i in train_at})
+    check_labels(learnt, labels, validation_at, "recipe.data.train (validation rows)")
+    check_labels(learnt, test_labels, test_at, "recipe.data.test")
+    return learnt, (train_at, validation_at, test_at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import TextTask
 from limbeck.run import replaced, write_json
-from limbeck.tasks.splits import check_labels, hold_out, limited
+from limbeck.tasks.rows import in_order, some_of, token_inputs
+from limbeck.tasks.splits import divided
 from limbeck.tasks.tables import read_table
 from limbeck.tasks.task import Outline
 from limbeck.types import Batch, Input
@@ -77,14 +78,13 @@ class Rows:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, in order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))))
+        return in_order(self, batch_size)
 
     def sample(self, n: int | None, *, seed: int) -> Rows:
         """n rows drawn at random, in file order; all of them where n is None or too large."""
         if n is None or n >= len(self):
             return self
-        at = np.sort(np.random.default_rng((seed, n)).permutation(len(self))[:n])
+        at = some_of(len(self), n, seed=seed)
         tokens, texts = tuple(self.tokens[i] for i in at), tuple(self.texts[i] for i in at)
         return Rows(self.ids[at], self.labels[at], tokens, texts, self.pad_id)
 
@@ -143,11 +143,7 @@ class TextClassification:
         return ("vocab_size", "pad_token_id")
 
     def inputs(self, config: PretrainedConfig) -> tuple[Input, ...]:
-        vocab_size: int = config.vocab_size
-        mask = Input(
-            name="attention_mask", dims=(self.max_tokens,), free=("tokens",), dtype="int64"
-        )
-        return replace(mask, name="input_ids", below=vocab_size), mask
+        return token_inputs(self.max_tokens, config.vocab_size)
 
     def preprocessing(self, model: Path) -> Mapping[str, Any]:
         """The tokenizer counts by token identity: another with as many tokens, or one with the
@@ -189,22 +185,10 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     data = recipe.data
     assert isinstance(recipe.task, TextTask)
     table = read_table(train, data, where="recipe.data.train")
-    everything = np.arange(len(table.texts))
-    if test is None:
-        assert data.test_fraction is not None  # the recipe checked it
-        held, kept = hold_out(table.groups, everything, data.test_fraction, recipe.seed, "test")
-        test_table, test_at = table, held
-    else:
-        test_table, kept = read_table(test, data, where="recipe.data.test"), everything
-        test_at = np.arange(len(test_table.texts))
-    validation_at, train_at = hold_out(
-        table.groups, kept, data.validation_fraction, recipe.seed, "validation"
+    test_table = table if test is None else read_table(test, data, where="recipe.data.test")
+    labels, (train_at, validation_at, test_at) = divided(
+        recipe, table.labels, table.groups, None if test is None else test_table.labels
     )
-    train_at = limited(train_at, data.max_train_rows, recipe.seed)
-    test_at = limited(test_at, data.max_test_rows, recipe.seed)
-    labels = sorted({table.labels[i] for i in train_at})
-    check_labels(labels, table.labels, validation_at, "recipe.data.train (validation rows)")
-    check_labels(labels, test_table.labels, test_at, "recipe.data.test")
     shared = len({table.texts[i] for i in train_at} & {test_table.texts[i] for i in test_at})
 
     where = "recipe.teacher.model"
