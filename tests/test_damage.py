@@ -147,6 +147,22 @@ def test_a_full_disk_keeps_what_was_finished_and_the_next_run_goes_on(
     assert weights(run) == weights(finished)
 
 
+def test_what_a_killed_process_was_writing_is_no_part_of_a_stage(distil, tiny, finished, run):
+    """safetensors writes beside the file that it is to write (0.8)."""
+    stage = run / "signals"
+    shutil.rmtree(stage)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_to_flush(patch, "manifest.json")
+        distil(out=run)
+    for left in (stage / ".shard-00000.safetensors.1.part", stage / "deeper/.x.json.1.part"):
+        left.mkdir(parents=True)
+        (left / ".tmpK2aQ3x").write_bytes(b"half a shard")
+    assert main(["distill", str(tiny / "recipe.yaml"), "--out", str(run)]) == 0
+    made = json.loads((stage / "stage.json").read_text())
+    assert made["digest"] == json.loads((finished / "signals/stage.json").read_text())["digest"]
+    assert not [*run.rglob("*.part")]
+
+
 def weights(run: Path) -> dict[Path, bytes]:
     return {p.relative_to(run): p.read_bytes() for p in sorted(run.rglob("*.safetensors"))}
 

@@ -42,6 +42,7 @@ _UNWRITABLE = (
     errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.EIO,
 )  # fmt: skip
+_ASIDE = ".part"  # ending of the folders that `replaced` writes in
 _PAGE = 4096  # bytes; with less free, nothing can be written
 
 
@@ -146,6 +147,7 @@ class Run:
             raise
         energy = self._meter.end(name)
         (folder / "begun.json").unlink()
+        sweep(folder)
         files = {
             str(path.relative_to(folder)): file_sha256(path)
             for path in sorted(folder.rglob("*"))
@@ -251,21 +253,32 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes `path`'s place, whole, when the block ends well."""
+    """A path to write to, which takes `path`'s place, whole, when the block ends well.
+
+    It lies in a folder of its own, so that what a writer puts beside it (safetensors does) stays
+    together: `sweep` removes it where the process was killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
     try:
-        yield aside
-        with aside.open("rb+") as file:
+        aside.mkdir(exist_ok=True)
+        yield aside / path.name
+        with (aside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        (aside / path.name).replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself
     finally:
         os.close(directory)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes were writing. For a folder that nobody else writes to now."""
+    for aside in [path for path in folder.rglob(f".*{_ASIDE}") if path.is_dir()]:
+        shutil.rmtree(aside)
 
 
 def damaged(path: Path) -> DamagedError:
@@ -366,4 +379,3 @@ def _read_record(path: Path, needed: Set[str]) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None  # a damaged record is no record: the stage is made again
     return record if isinstance(record, dict) and needed <= record.keys() else None
-

@@ -33,7 +33,15 @@ from torch import Tensor
 
 from limbeck.errors import DataError, RunFolderError
 from limbeck.recipe_file import differences
-from limbeck.run import damaged, file_sha256, read_index, replaced, require_sha256, write_json
+from limbeck.run import (
+    damaged,
+    file_sha256,
+    read_index,
+    replaced,
+    require_sha256,
+    sweep,
+    write_json,
+)
 from limbeck.signals.codecs import (
     AnyCodec,
     VectorCodec,
@@ -169,6 +177,7 @@ class Writer:
         write_json(self.folder / MANIFEST, self._about | totals)
         for path in (self.folder / _CAPTURE, *self.folder.glob("journal-*.jsonl")):
             path.unlink(missing_ok=True)
+        sweep(self.folder)
 
 
 def refuse_others(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
