@@ -23,6 +23,7 @@ from limbeck.architecture.axes import (
     permuted,
     stacks,
 )
+from limbeck.architecture.blank import NothingDrawn
 from limbeck.architecture.fields import Build, Value, changed, ratio_of, read_field
 from limbeck.errors import AxisError
 from limbeck.types import Shape
@@ -282,7 +283,7 @@ def build_student(
     `AxisError` where weights and model do not fit each other or a weight was never initialised.
     """
     weights = cut(state, axes, shape)
-    with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no luck
+    with torch.random.fork_rng(devices=[]), NothingDrawn():  # all of them are overwritten
         student = build(student_config(config, axes, shape)).eval()
     for tensor in student.state_dict().values():
         if tensor.is_floating_point():

@@ -7,7 +7,7 @@ layer is skipped. Only training rows are ever used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.architecture.axes import Axis, Member, find_axis
-from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.resuming import Layers
 from limbeck.cores import on_each
 from limbeck.losses.divergence import cross_entropy
-from limbeck.progress import Bar, Progress
+from limbeck.progress import Progress
 from limbeck.run import replaced
 from limbeck.types import Batch
 
@@ -74,52 +74,45 @@ def described(axes: Sequence[Axis], found: Importance) -> list[dict[str, Any]]:
 
 
 def importance(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress
-) -> Importance:
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress, *,
+    precision: str = "fp32",
+) -> Importance:  # fmt: skip
     """Scores on these batches. Neither the model's weights nor their gradients are touched."""
     model.eval()
     axes = [axis for axis in axes if not axis.labels]  # nothing reorders what inputs name
     layers = find_axis(axes, "layers")
     steps = len(batches) * (3 + (1 + layers.size if layers else 0))
+    loss = partial(_loss, model, precision)
     with progress.bar("importance", steps, "passes") as bar:
         units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
         parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
-        for gradients in on_each(partial(_gradients, model, parameters), batches):
+        for gradients in on_each(partial(_gradients, loss, parameters), batches):
             _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
             bar.advance(3)
         units = {name: score / len(batches) for name, score in units.items()}
-        rises = []
+        rises = torch.empty(0)
         if layers is not None:
-            plain = _total_loss(model, batches, bar)
-            for i in range(layers.size):
-                with skipped(model, layers.pattern.format(i)):
-                    rises.append((_total_loss(model, batches, bar) - plain) / len(batches))
-    return Importance(units, torch.tensor(rises))
+            opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
+            each = []
+            with opened.open():
+                for found in on_each(partial(opened.rises, loss), batches):
+                    each.append(found)
+                    bar.advance(1 + layers.size)
+            rises = torch.tensor(each, dtype=torch.float64).mean(0).float()
+    return Importance(units, rises)
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def _loss(model: nn.Module, precision: str, batch: Batch) -> Tensor:
     """The mean over what counts."""
-    logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
+    with torch.autocast(batch.mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
     return cross_entropy(logits, batch.labels[batch.mask]).mean()
 
 
-def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:
-    @torch.inference_mode()
-    def loss(batch: Batch) -> float:
-        return _loss(model, batch).item()
-
-    total = 0.0
-    for value in on_each(loss, batches):
-        total += value
-        bar.advance(1)
-    return total
-
-
 def _gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch
+    loss: Callable[[Batch], Tensor], parameters: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor | None]:
-    loss = _loss(model, batch)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(loss(batch), list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, found, strict=True))
 
 
