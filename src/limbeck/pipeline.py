@@ -296,7 +296,7 @@ class _Still:
     ) -> Member:  # fmt: skip
         recipe, top, plan = self.recipe, f"students/{student.name}", plans[student.name]
         taught = Taught(
-            self.run, recipe, self.progress, student, plan, ground, features
+            self.run, recipe, self.progress, student, plan, ground, features, original
         )
         tried = taught.tried() if together is None else None
         if together is None:
