@@ -90,7 +90,10 @@ class Taught:
                 lambda at: teaching.untaught(at, recipe, self.shape(), ground.places),
             )
         }
-        for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
+        starts = {"hard_labels": "prefix"}
+        if recipe.evidence.random_init:
+            starts["random_init"] = "random"
+        for name, start in starts.items():
             found[name] = self._held_against(
                 name, [*self.start, self.training, start],
                 partial(self._train, taught=False, start=start),

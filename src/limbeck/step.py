@@ -103,7 +103,8 @@ class Step:
         most, on_cores = self.training.spec.micro_batch, self.device.type == "cpu"
         if self.normalises:  # what is normalised together must not hang on the number of cores
             most, on_cores = most or GHOST, False
-        parts = shares(len(at), most, on_cores=on_cores)
+        least = self.training.rows.num_together
+        parts = shares(len(at), most, on_cores=on_cores, least=least)
         found = (self.training.rows.batch(at[part.start : part.stop]) for part in parts)
         return [batch.to(self.device) for batch in found]
 
