@@ -98,6 +98,7 @@ class Family:
     def __init__(
         self, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
         shapes: Mapping[str, Shape], state: Mapping[str, Tensor],
+        *, own: Callable[[str, Tensor], bool] = lambda name, weight: False,
     ) -> None:  # fmt: skip
         assert shapes
         self.config, self.build, self.teachers_axes = config, build, tuple(axes)
@@ -114,6 +115,13 @@ class Family:
             places = {}
             for name, _ in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
+                if own(teachers, state[teachers]):
+                    shared = names.setdefault((size, identity(state[teachers])), f"{size}/{teachers}")
+                    if shared not in self.weights:
+                        regions = _regions(state[teachers], teachers, axes, shape)
+                        self.weights[shared] = Place(shared, regions).of(state[teachers]).clone()
+                    places[name] = Place(shared, (_everything(self.weights[shared]),))
+                    continue
                 shared = names.setdefault(identity(state[teachers]), teachers)
                 self.first_names[teachers] = shared
                 if shared not in self.weights:
