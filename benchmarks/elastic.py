@@ -13,15 +13,15 @@ Accuracy is that of the fp32 students on `--rows` test rows, all if not given; d
 the dedicated student of the same size and seed.
 
 Any run will do whose teacher is a transformer with twelve heads: `benchmarks/sections.yaml`,
-`vit.yaml`, and with `--measure kl` (to the teacher, thousandths of a nat, less is worse) the language
-model of `decoder.yaml`.
+`vit.yaml`, and with `--measure kl` (to the teacher, thousandths of a nat, less is worse) the
+language model of `decoder.yaml`.
 
 Settings are chosen with `--split validation --far --seeds 1`. A quarter of those rows are near
-copies of training rows (they answer in the same threads) while the test rows were written later; so
-accuracy and loss are also given on the `far` half: the rows whose nearest training row, by the
-cosine of TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`, `--rate`,
-`--rates`, `--shares`, `--late`, `--switch`, `--unsorted`, `--hard`, `--own`; with `--what elastic` the
-family alone is trained, and pilots say what the dedicated ones would cost.
+copies of training rows (they answer in the same threads) while the test rows were written later;
+so accuracy and loss are also given on the `far` half: the rows whose nearest training row, by the
+cosine of TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`,
+`--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--sort`, `--hard`, `--own`; with `--what
+elastic` the family alone is trained, and pilots say what the dedicated ones would cost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from limbeck.architecture.axes import Axis, find_axis
 from limbeck.architecture.cut import keep_layers
 from limbeck.architecture.importance import load_importance
 from limbeck.elastic import Sampling
-from limbeck.family import Family
+from limbeck.family import OWN, Family
 from limbeck.losses.divergence import forward_kl
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
@@ -58,20 +58,13 @@ from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.train import train
 from limbeck.types import Shape
 
-# heads of 12 (hidden alike), ffn of 1536, layers of 6: 40, 17, 8, 3 and 1 % of the encoder's weights
+# heads of 12 (hidden alike), ffn of 1536, layers of 6: 40, 17, 8, 3, 1 % of the encoder's weights
 _SHAPES = {
     "a": (8, 1152, 5), "b": (6, 768, 4), "c": (5, 512, 3), "d": (4, 384, 2), "e": (3, 320, 1),
 }  # fmt: skip
 _HEADS, _FFN = 12, 1536
 _DEDICATED_RATE = {"a": 5e-4, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
 _WHAT = ["dedicated", "elastic", "random"]
-_OWN = {
-    "none": lambda name, weight: False,
-    "norms": lambda name, weight: "LayerNorm" in name,
-    "vectors": lambda name, weight: weight.dim() < 2,
-    "head": lambda name, weight: "classifier" in name,
-    "both": lambda name, weight: weight.dim() < 2 or "classifier" in name,
-}
 _PILOT = 64  # steps of the family whose cost says how many steps it may have
 _RATE = 8e-4  # of the family's largest
 
@@ -96,7 +89,7 @@ class Setting:
     def family(self, names: str) -> Family:
         shapes = {name: self.shapes[name] for name in names}
         return Family(
-            self.config, self.task.build, self.axes, shapes, self.state, own=_OWN[self.own]
+            self.config, self.task.build, self.axes, shapes, self.state, own=self.own
         )
 
     def from_random_weights(self, seed: int) -> Setting:
@@ -225,7 +218,7 @@ def main() -> None:
     parser.add_argument("--late", type=float, metavar="POWER", help="shares from --switch on")
     parser.add_argument("--switch", type=float, default=0.7, help="part of the steps")
     parser.add_argument("--unsorted", action="store_true", help="prefixes of the unsorted teacher")
-    parser.add_argument("--own", choices=_OWN, default="none", help="what each size has of its own")
+    parser.add_argument("--own", choices=OWN, default="none", help="what each size has of its own")
     parser.add_argument("--hard", action="store_true", help="hard labels alone")
     options = parser.parse_args()
     if options.quick:

@@ -66,7 +66,8 @@ def test_paragraphs_lists_and_sources(found, tmp_path):
 def test_they_are_written_as_rows(found, tmp_path):
     write_descriptions(found, tmp_path / "rows.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["package", "section", "source", "synopsis", "text"]] * 2
+    columns = ["package", "section", "source", "synopsis", "text"]
+    assert [sorted(row) for row in rows] == [columns] * 2
 
 
 def test_another_kind_of_file_is_refused(tmp_path):
