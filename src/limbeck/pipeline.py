@@ -29,7 +29,7 @@ from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
 from limbeck.sources import fetch
 
-_SURVEY = 3  # the format of what the stage `architecture` leaves
+_SURVEY = 4  # the format of what the stage `architecture` leaves
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,8 @@ class _Still:
         recipe = self.recipe
         return self.run.stage(
             "architecture",
-            [_SURVEY, base.digest, data.digest, recipe.seed, recipe.distill.training.precision],
+            [_SURVEY, base.digest, data.digest, recipe.seed, recipe.importance,
+             recipe.distill.training.precision],
             lambda at: stages.survey(
                 at, recipe, base.folder, data.folder, self.progress
             ),
