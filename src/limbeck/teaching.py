@@ -20,6 +20,7 @@ from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
+from limbeck.models import load_tokenizer
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
 from limbeck.progress import Progress
@@ -38,6 +39,7 @@ from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
 from limbeck.types import Batch, Need, Places, Shape
+from limbeck.vocabulary import shared_ids
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -83,7 +85,7 @@ def lesson(
     temperature: float | None = None, features: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Who teaches, by which objective; without a student of its own for all of a family."""
-    spec = recipe.distill
+    spec, task = recipe.distill, open_task(recipe, places.data)
     objective = Objective(
         temperature=temperature_of(spec.temperature, temperature),
         soft_weight=spec.soft_weight,
@@ -92,8 +94,9 @@ def lesson(
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
+        shared_ids=shared_vocabulary(task, places),
     )
-    origins = signal_origins(open_task(recipe, places.data), places.teacher, places.data)
+    origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
@@ -108,6 +111,23 @@ def lesson(
         embedding=vectors.get(Need.EMBEDDING),
     )
     return {"teacher": source, "objective": objective, "balance": spec.balance}
+
+
+def shared_vocabulary(task: Task, places: Places) -> int | None:
+    """How many ids both models mean the same by, where their tables have not equally many rows.
+
+    None where they have, or where what is predicted are labels. Raises DataError for two
+    tokenizers.
+    """
+    if task.labels:
+        return None
+    sides = {"teacher": places.teacher, "base": places.base}
+    configs = {name: task.read_config(at, where=name) for name, at in sides.items()}
+    sizes = {name: int(config.vocab_size) for name, config in configs.items()}
+    if sizes["teacher"] == sizes["base"]:
+        return None
+    theirs, ours = (load_tokenizer(at, where=name).get_vocab() for name, at in sides.items())
+    return shared_ids(ours, theirs, student_size=sizes["base"], teacher_size=sizes["teacher"])
 
 
 def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:
