@@ -46,26 +46,37 @@ class Completions:
     ended: np.ndarray  # (N,) bool: an end token was reached
 
     def batch(self, positions: Sequence[int], *, pad_id: int, numbers: Sequence[int]) -> Batch:
-        """Prompt and completion, padded on the right; the completion alone counts. (B, T).
-
-        As `tasks.causal_rows.Rows.batch`; `numbers` are the prompts' ids.
-        """
-        whole = [np.concatenate([self.prompts[i], self.tokens[i]]) for i in positions]
-        shape = (len(whole), max(map(len, whole)))
-        ids = torch.full(shape, pad_id, dtype=torch.long)
-        labels = torch.full(shape, pad_id, dtype=torch.long)
-        held = torch.zeros(shape, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for row, (i, tokens) in enumerate(zip(positions, whole, strict=True)):
-            length = len(tokens)
-            ids[row, :length] = torch.from_numpy(tokens.astype(np.int64))
-            labels[row, : length - 1] = ids[row, 1:length]
-            held[row, :length] = 1
-            mask[row, len(self.prompts[i]) - 1 : length - 1] = True
-        return Batch(
-            inputs={"input_ids": ids, "attention_mask": held}, labels=labels, mask=mask,
-            example_ids=torch.tensor([numbers[i] for i in positions]),
+        """As `completion_batch`; `numbers` are the prompts' ids."""
+        return completion_batch(
+            [self.prompts[i] for i in positions], [self.tokens[i] for i in positions],
+            pad_id=pad_id, numbers=[numbers[i] for i in positions],
         )  # fmt: skip
+
+
+def completion_batch(
+    prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray], *, pad_id: int,
+    numbers: Sequence[int],
+) -> Batch:  # fmt: skip
+    """Prompt and completion, padded on the right; the completion alone counts. (B, T).
+
+    As `tasks.causal_rows.Rows.batch`; `numbers` are the rows' ids.
+    """
+    whole = [np.concatenate(pair) for pair in zip(prompts, tokens, strict=True)]
+    shape = (len(whole), max(map(len, whole)))
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    labels = torch.full(shape, pad_id, dtype=torch.long)
+    held = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (prompt, said) in enumerate(zip(prompts, whole, strict=True)):
+        length = len(said)
+        ids[row, :length] = torch.from_numpy(said.astype(np.int64))
+        labels[row, : length - 1] = ids[row, 1:length]
+        held[row, :length] = 1
+        mask[row, len(prompt) - 1 : length - 1] = True
+    return Batch(
+        inputs={"input_ids": ids, "attention_mask": held}, labels=labels, mask=mask,
+        example_ids=torch.tensor(numbers),
+    )  # fmt: skip
 
 
 def end_ids(model: Any) -> tuple[int, ...]:
