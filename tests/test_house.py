@@ -31,11 +31,12 @@ LAYERS = (
         "generating", "on_policy", "judging", "judging_language", "runtime", "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
+    {"chatting"},
     {"lazily"},
     {"members", "sizing"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
-    {"__init__", "cli"},
+    {"__init__", "cli", "cli_chat"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

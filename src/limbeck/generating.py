@@ -9,7 +9,7 @@ turns a draw).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,18 +123,20 @@ def generate(
 
 def stream(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
-    sampling: Sampling, *, ends: Sequence[int],
-) -> Iterator[str]:  # fmt: skip
-    """The completion's text as it is written, special tokens left out; no piece is empty.
+    sampling: Sampling, *, ends: Collection[int],
+) -> Generator[str, None, bool]:  # fmt: skip
+    """The completion's text as it is written, special tokens left out; no piece is empty. Returned
+    is whether it came to its end.
 
     Raises DataError as `generate` does.
     """
     asked = np.asarray(prompt, np.int64)
     _check_length(model, asked, sampling, "prompt")
     said: list[int] = []
-    shown = ""
-    for (token,), _ in _steps(model, [asked], sampling, [0], ends):
+    shown, ended = "", False
+    for (token,), _ in _steps(model, [asked], sampling, [0], [*ends]):
         if token in ends:
+            ended = True
             break
         said.append(int(token))
         text: Any = tokenizer.decode(said, skip_special_tokens=True)
@@ -144,6 +146,7 @@ def stream(
     text = tokenizer.decode(said, skip_special_tokens=True)
     if len(text) > len(shown):
         yield text[len(shown) :]
+    return ended
 
 
 def _check_length(model: Any, prompt: np.ndarray, sampling: Sampling, where: str) -> None:
