@@ -231,6 +231,13 @@ class Recipe(Spec):
         terms = [distill.hard_weight, distill.hidden, distill.embedding]
         if distill.balance != "fixed" and not any(terms):
             raise ValueError("`distill.balance` has no effect with one term: fixed, or hard_weight")
+        if distill.on_policy is not None:
+            if distill.balance != "fixed":
+                raise ValueError(f"`distill.balance` {distill.balance} weighs the terms of a step, "
+                                 "and on-policy steps have one: fixed")  # fmt: skip
+            if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
+                raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
+                                 "label: a `divergence` of its own")  # fmt: skip
         self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
@@ -249,6 +256,9 @@ class Recipe(Spec):
                              f"{', '.join(task.formats)}")  # fmt: skip
         if not task.has_labels and self.evidence.linear:
             raise ValueError("`evidence.linear` is a model for labels, and there are none: null")
+        if task.has_labels and self.distill.on_policy is not None:
+            raise ValueError(f"`distill.on_policy` is for models that write, not for {task.kind}: "
+                             "null")  # fmt: skip
         if task.has_labels and self.teacher.trim_vocabulary:
             raise ValueError(f"`teacher.trim_vocabulary` has no effect for {task.kind}: "
                              "leave it out")  # fmt: skip

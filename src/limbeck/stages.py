@@ -35,7 +35,7 @@ from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
-from limbeck.run import file_sha256, read_json, write_json, write_text
+from limbeck.run import read_json, write_json, write_text
 from limbeck.runtime import time_file
 from limbeck.runtime_worker import random_inputs
 from limbeck.signals import capture as signal_capture
@@ -46,9 +46,8 @@ from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
 from limbeck.tasks import task as tasks
 from limbeck.tasks.task import AllViews, Task, open_task, some
-from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
-from limbeck.teaching import read_axes, signal_origins, validator
+from limbeck.teaching import live_teacher, read_axes, signal_origins, validator
 from limbeck.train import train
 from limbeck.types import Cost, Places, Shape, StudentPlan
 
@@ -118,11 +117,6 @@ def capture(
         provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
         batch_size=rows.rows.num_together,
     )  # fmt: skip
-
-
-def live_teacher(teacher: Path, task: Task) -> LiveTeacher:
-    model = task.load(teacher, where="teacher")
-    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
 
 def verify_signals(run: Path, num_rows: int) -> Verification:

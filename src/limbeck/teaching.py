@@ -22,6 +22,7 @@ from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
+from limbeck.on_policy import on_policy
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
@@ -93,7 +94,8 @@ def lesson(
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
     )
-    origins = signal_origins(open_task(recipe, places.data), places.teacher, places.data)
+    task = open_task(recipe, places.data)
+    origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
@@ -107,7 +109,17 @@ def lesson(
         hidden=vectors.get(Need.HIDDEN),
         embedding=vectors.get(Need.EMBEDDING),
     )
-    return {"teacher": source, "objective": objective, "balance": spec.balance}
+    own = None
+    if spec.on_policy is not None:
+        own = on_policy(spec.on_policy, task, live_teacher(places.teacher, task), objective)
+    return {
+        "teacher": source, "objective": objective, "balance": spec.balance, "on_policy": own,
+    }  # fmt: skip
+
+
+def live_teacher(teacher: Path, task: Task) -> LiveTeacher:
+    model = task.load(teacher, where="teacher")
+    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
 
 def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:

@@ -267,7 +267,7 @@ class TrainingPoint(Spec):
     """What the optimizer minimised."""
     terms: dict[str, float] = Field(default_factory=dict)
     """Its parts, weights included: soft (the teacher's soft targets), hard (the hard labels),
-    hidden (states), embedding."""
+    hidden (states), embedding; of a step on the student's own texts on_policy alone."""
     gradients: dict[str, float] = Field(default_factory=dict)
     """Norm of each part's gradient, at a few steps."""
     cosines: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]] = Field(default_factory=dict)
@@ -280,6 +280,8 @@ class TrainingPoint(Spec):
     """Of an elastic run: each size's `validation`."""
     examples_per_s: float | None = None
     """Training speed."""
+    writing: float | None = Field(None, ge=0)
+    """Share of the time since the last point that the student wrote texts to learn from."""
     validation: float | None = None
     """Quality on the validation rows, a fraction."""
 
