@@ -114,7 +114,7 @@ def prepared(run: Path, *, is_sorted: bool = True, hard: bool = False) -> Settin
         )
         for name, (heads, ffn, layers) in _SHAPES.items()
     }
-    lesson = teaching.hard_labels() if hard else teaching.lesson(recipe, None, places_of(run))
+    lesson = teaching.hard_labels(recipe) if hard else teaching.lesson(recipe, None, places_of(run))
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
     state = dict(teacher.state_dict())
     if is_sorted:

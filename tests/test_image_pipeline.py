@@ -74,6 +74,7 @@ def done(tmp_path_factory):
     )
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["task"] |= {"unreadable": "skip"}
+    recipe["task"]["augment"]["mixup"] = 0.2
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "pictures/kind 0/001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
 

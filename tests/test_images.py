@@ -257,6 +257,19 @@ def test_a_model_that_does_not_take_such_images_is_refused_at_once(pictures, tmp
         ({"task": {"augment": {"shift": 16}}}, "out of sight"),
         ({"task": {"max_tokens": 16}}, "recipe.task.max_tokens: no such setting"),
         ({"task": {"kind": "poetry"}}, r"recipe.task.kind: 'poetry' is not allowed; allowed: text"),
+        (
+            {"task": {"augment": {"mixup": 0.2}}, "distill": {"divergence": "dkd"}},
+            "dkd` parts one label",
+        ),
+        (
+            {
+                "distill": {
+                    "hard_weight": 0,
+                    "training": {"epochs": 1, "learning_rate": 0.1, "label_smoothing": 0.1},
+                }
+            },
+            "label_smoothing` has no effect",
+        ),
         ({"distill": {"embedding": {"loss": "mse", "weight": 1}}}, "is for tokens"),
     ],
 )
@@ -314,7 +327,7 @@ def rows(n: int = 12, views: int = 4, seed: int = 0, **settings) -> Rows:
     images = np.stack([pattern(i % 3, i) for i in range(n)])[..., None]
     augment = AugmentSpec(**({"flip": True, "shift": 2} | settings), views=views)
     places = np.arange(n, dtype=np.int64) * 3 + 5
-    return Rows(places, np.zeros(n, np.int64), images, [0.5], [0.5], augment, seed)
+    return Rows(places, np.arange(n) % 3, images, [0.5], [0.5], augment, seed)
 
 
 def test_a_view_follows_from_seed_example_and_number_alone():
@@ -355,6 +368,31 @@ def test_all_draws_come_and_do_what_they_say():
         assert np.array_equal(found, wanted)
 
 
+def test_mixed_views_follow_from_their_keys_and_say_what_they_are_mixed_of():
+    one = rows(flip=False, shift=0, mixup=0.8)
+    every = AllViews(one).batch(range(48))
+    first = tensor_of(one.pixels, [0.5], [0.5])
+    assert (every.mixed.share[:12] == 0).all(), "the first view is the image as it is"
+    assert 0 < every.mixed.share[12:].max() <= 0.5 and len({*every.mixed.share.tolist()}) == 37
+    for position in range(48):
+        share, image = float(every.mixed.share[position]), first[position % 12]
+        found = every.inputs["pixel_values"][position]
+        of = [i for i in range(12) if torch.allclose(found, image.lerp(first[i], share))]
+        assert share == 0 or [one.labels[i] for i in of] == [every.mixed.labels[position]]
+    few = one.sample(5, seed=1)  # partners are drawn from all of them
+    at = one.places.tolist().index(few.places[3])
+    for view in range(4):
+        part = few.batch([view * 5 + 3]).inputs["pixel_values"][0]
+        assert torch.equal(part, every.inputs["pixel_values"][view * 12 + at])
+    shifted = rows(mixup=0.8)
+    plain = AllViews(rows()).batch(range(48)).inputs["pixel_values"]
+    mixed = AllViews(shifted).batch(range(48))
+    for position in range(12, 48):  # both are shown in the same view
+        others = plain[position - position % 12 :][:12]
+        found, share = mixed.inputs["pixel_values"][position], mixed.mixed.share[position]
+        assert any(torch.allclose(found, plain[position].lerp(o, share)) for o in others)
+
+
 def test_the_preprocessing_says_whatever_changes_an_input(tmp_path):
     def of(seed: int = 0, **task) -> object:
         from limbeck.tasks.image_classification import ImageClassification
@@ -366,6 +404,7 @@ def test_the_preprocessing_says_whatever_changes_an_input(tmp_path):
     found = [
         of(), of(mean=[0.1]), of(std=[0.1]), of(fit="stretch"), of(**views), of(1, **views),
         of(augment={"flip": True, "shift": 1, "views": 4}),
+        of(augment={"flip": True, "shift": 1, "views": 3, "mixup": 0.2}),
     ]  # fmt: skip
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     assert of() == of(1), "without views nothing is drawn"

@@ -54,6 +54,8 @@ class TrainingSpec(Spec):
     """Each layer further from the output learns this much slower; 1 is no difference."""
     head_factor: float = Field(1.0, gt=0, le=100)
     """What stands behind the last layer learns this much faster."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This share of each hard label is spread over all classes."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
     micro_batch: int | None = Field(None, ge=1)

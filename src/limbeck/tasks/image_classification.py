@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -34,6 +34,7 @@ from limbeck.tasks.images import (
     Unreadable,
     augmented,
     drawn,
+    partner,
     pixels_of,
     tensor_of,
     transform,
@@ -41,7 +42,7 @@ from limbeck.tasks.images import (
 from limbeck.tasks.rows import in_order, some_of
 from limbeck.tasks.splits import divided
 from limbeck.tasks.task import Outline
-from limbeck.types import Batch, Input
+from limbeck.types import Batch, Input, Mixed
 
 _CLASSIFIERS = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # by model_type
 _ALLOWED = "a folder with the config.json and model.safetensors of an image classifier"
@@ -64,6 +65,7 @@ class Rows:
     std: Sequence[float]
     augment: AugmentSpec | None = None
     seed: int = 0
+    whole: Rows | None = None  # that these were drawn from; mixup takes its partners there
     num_together = 32
 
     def __len__(self) -> int:
@@ -89,17 +91,30 @@ class Rows:
     def batch(self, positions: Sequence[int]) -> Batch:
         """View v of row i stands at v * N + i. `pixel_values` (B, C, S, S)."""
         view, at = np.divmod(np.asarray(positions), len(self))
+        values, mixed = self._seen(at, view), None
+        if view.any() and self.augment is not None and self.augment.mixup is not None:
+            whole, alpha = self.whole or self, self.augment.mixup
+            pairs = zip(self.places[at].tolist(), view.tolist(), strict=True)
+            found = [partner(alpha, self.seed, i, v, len(whole)) for i, v in pairs]
+            others, share = np.array([i for i, _ in found]), torch.tensor([s for _, s in found])
+            values = values.lerp_(whole._seen(others, view), share.view(-1, 1, 1, 1))
+            mixed = Mixed(labels=torch.from_numpy(whole.labels[others]), share=share)
+        return Batch(
+            inputs={"pixel_values": values},
+            labels=torch.from_numpy(self.labels[at]),
+            mask=torch.ones(len(at), dtype=torch.bool),
+            example_ids=torch.from_numpy(self.places[at] * self.num_views + view),
+            mixed=mixed,
+        )
+
+    def _seen(self, at: np.ndarray, view: np.ndarray) -> Tensor:
+        """Images `at` in these views, not mixed yet. (B, C, S, S)"""
         pixels = self.pixels[at]
         if view.any():
             assert self.augment is not None
             pairs = zip(self.places[at].tolist(), view.tolist(), strict=True)
             pixels = augmented(pixels, [drawn(self.augment, self.seed, i, v) for i, v in pairs])
-        return Batch(
-            inputs={"pixel_values": tensor_of(pixels, self.mean, self.std)},
-            labels=torch.from_numpy(self.labels[at]),
-            mask=torch.ones(len(at), dtype=torch.bool),
-            example_ids=torch.from_numpy(self.places[at] * self.num_views + view),
-        )
+        return tensor_of(pixels, self.mean, self.std)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, as they are, in order."""
@@ -111,8 +126,9 @@ class Rows:
             return self
         at = some_of(len(self), n, seed=seed)
         return replace(
-            self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at]
-        )
+            self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at],
+            whole=self.whole or self,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,16 @@ def drawn(spec: AugmentSpec, seed: int, example: int, view: int) -> tuple[int, i
     return flip, int(down), int(right)
 
 
+def partner(alpha: float, seed: int, example: int, view: int, count: int) -> tuple[int, float]:
+    """Which of `count` training images a view is mixed with, and that one's share: a pure function
+    of these (mixup, Zhang et al. 2018, arXiv:1710.09412; the larger share is the example's own)."""
+    if view == 0:
+        return 0, 0.0
+    random = np.random.Generator(np.random.Philox(key=[seed * 2**32 + 2**31 + view, example]))
+    share = float(random.beta(alpha, alpha))
+    return int(random.integers(count)), min(share, 1 - share)
+
+
 def augmented(pixels: np.ndarray, draws: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Pixels (B, S, S, C) with each image's own draw applied; a copy."""
     size = pixels.shape[1]
