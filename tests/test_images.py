@@ -1,5 +1,6 @@
 """Images: where they come from, what is refused and how, and views that follow from their keys."""
 
+import base64
 import gzip
 import io
 import struct
@@ -14,13 +15,23 @@ import torch
 from PIL import Image
 
 from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.evaluation import partings
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import read_json, write_json
 from limbeck.tasks.image_classification import Rows, open_task, prepare
 from limbeck.tasks.image_files import read_idx, read_images
-from limbeck.tasks.images import augmented, drawn, inputs_of, pixels_of, tensor_of, transform
+from limbeck.tasks.images import (
+    augmented,
+    drawn,
+    inputs_of,
+    pixels_of,
+    png,
+    reduced,
+    tensor_of,
+    transform,
+)
 from limbeck.tasks.task import AllViews
 from tiny_images import RESNET, pattern, write_images
 
@@ -318,6 +329,39 @@ def test_a_file_alone_gives_what_the_prepared_row_gives(pictures, tmp_path):
     rows, files = task.rows("test"), sorted(pictures.rglob("*.png"))
     alone = inputs_of(files[rows.places[2]], transform(asked.task))["pixel_values"]
     assert np.array_equal(alone, rows.batch([2]).inputs["pixel_values"].numpy())
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 1), (7, 7, 3)])
+def test_a_picture_is_what_a_decoder_reads_again(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    found = np.asarray(Image.open(io.BytesIO(png(pixels))))
+    assert np.array_equal(found.reshape(shape), pixels)
+    assert np.array_equal(reduced(pixels, 8), pixels)
+    large = np.kron(pixels, np.ones((4, 4, 1), np.uint8))
+    assert np.array_equal(reduced(large, shape[0]), pixels)
+    assert reduced(large, shape[0] + 1).shape == (shape[0], shape[0], shape[2])
+
+
+def test_the_images_that_are_shown_are_those_furthest_apart_of_the_parted():
+    one = rows()
+    random = np.random.default_rng(1)
+    teacher, student = (random.normal(0, 3, (12, 3)).astype(np.float32) for _ in range(2))
+    found = partings(one, teacher, student, ["a", "b", "c"])
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher, student))
+    apart = (p * np.log(p / q)).sum(1)
+    wanted = [i for i in np.argsort(-apart) if p[i].argmax() != q[i].argmax()][:8]
+    assert len(wanted) > 3
+    for said, i in zip(found, wanted, strict=True):
+        assert said["kl"] == pytest.approx(apart[i], rel=1e-4)
+        assert said["label"] == "abc"[one.labels[i]]
+        encoded = base64.b64decode(said["image"].removeprefix("data:image/png;base64,"))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), one.pixels[i, ..., 0])
+        for who, probs in (("teacher", p[i]), ("student", q[i])):
+            assert [a["label"] for a in said[who]] == ["abc"[k] for k in np.argsort(-probs)]
+            assert said[who][0]["probability"] == pytest.approx(probs.max(), rel=1e-4)
 
 
 # Views
