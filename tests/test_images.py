@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -178,6 +179,39 @@ def test_a_damaged_image_is_named_and_left_out_only_on_demand(pictures, tmp_path
     assert [w for w in about["warnings"] if w.startswith("1 damaged images were left out: kind 1/")]
     splits = [task.rows(split) for split in ("train", "validation", "test")]
     assert 27 not in {place for rows in splits for place in rows.places.tolist()}
+
+
+def test_of_ten_thousand_images_the_damaged_one_is_named_and_the_others_are_kept(tmp_path):
+    kinds = [encoded(pattern(label, 0)) for label in range(3)]
+    content = [kinds[i % 3] for i in range(10_000)]
+    ways = {7_000: kinds[1][:-30], 7_003: b"GIF89a", 7_006: kinds[1].replace(b"IDAT", b"IDOT")}
+    for row, damaged in ways.items():
+        content[row] = damaged
+    labels = [str(i % 3) for i in range(10_000)]
+    path = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"image": content, "label": labels}), path)
+    with pytest.raises(DataError, match=r"recipe\.data\.train, row 7,?00[147]: does not decode"):
+        prepared(tmp_path, path, recipe())
+    task, about = prepared(tmp_path, path, recipe({"unreadable": "skip"}))
+    assert sum(about["rows"].values()) == 9_997
+    (warning,) = (w for w in about["warnings"] if "damaged" in w)
+    assert warning.startswith("3 damaged images were left out: ")
+    assert {*re.findall(r"row (\d+) \(", warning)} == {"7001", "7004", "7007"}
+    kept = np.concatenate([task.rows(s).places for s in ("train", "validation", "test")])
+    assert {*range(10_000)} - {*kept.tolist()} == {*ways}
+
+
+def test_more_damaged_images_than_can_be_named_are_counted(pictures, tmp_path):
+    for i in range(8):
+        (pictures / "kind 1" / f"{i:03}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    _, about = prepared(tmp_path, pictures, recipe({"unreadable": "skip"}))
+    (warning,) = (w for w in about["warnings"] if "damaged" in w)
+    assert warning.startswith("8 damaged images") and warning.count(".png") == 5
+    assert warning.endswith("; and 3 more.")
+    for file in (pictures / "kind 1").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of the images of kind 1 decodes"):
+        prepared(tmp_path, pictures, recipe({"unreadable": "skip"}))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -253,14 +254,20 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         if own is not None and sorted(own) == labels:
             labels = list(own)  # in the order that the head has learnt
 
-    hashes, rows, found = {}, {}, _Found([], 0)
+    hashes, counts, found = {}, {}, _Found([], 0)
     for split, source, at, where in (
         ("train", table, train_at, "recipe.data.train"),
         ("validation", table, validation_at, "recipe.data.train"),
         ("test", test_table, test_at, "recipe.data.test" if test else "recipe.data.train"),
     ):
         with replaced(folder / f"{split}.parquet") as aside:
-            hashes[split], rows[split] = _write(aside, source, at, labels, spec, where, found)
+            hashes[split], counts[split] = _write(aside, source, at, labels, spec, where, found)
+    if gone := sorted({table.labels[i] for i in train_at} - counts["train"].keys()):
+        raise DataError(
+            "recipe.data.train", f"none of the images of {', '.join(gone[:_NAMED])} decodes",
+            allowed="one or more of each class", fix="check them, or leave the class out",
+        )  # fmt: skip
+    rows = {split: count.total() for split, count in counts.items()}
     write_json(
         folder / "data.json",
         {
@@ -278,8 +285,9 @@ class _Found:
     def warnings(self, twins: int) -> list[str]:
         said = []
         if n := len(self.damaged):
-            named = "; ".join(self.damaged[:_NAMED]) + ("; ..." if n > _NAMED else "")
-            said.append(f"{n} damaged images were left out: {named}.")
+            named = "; ".join(self.damaged[:_NAMED])
+            more = f"; and {n - _NAMED:,} more" if n > _NAMED else ""
+            said.append(f"{n:,} damaged images were left out: {named}{more}.")
         if self.converted:
             said.append(f"{self.converted} images had other channels and were converted.")
         if twins:
@@ -290,12 +298,13 @@ class _Found:
 def _write(
     path: Path, table: ImageTable, at: np.ndarray, labels: Sequence[str], spec: ImageTask,
     where: str, found: _Found,
-) -> tuple[set[bytes], int]:  # fmt: skip
-    """Decode these images into one Parquet file: the fingerprints of their pixels, how many."""
+) -> tuple[set[bytes], Counter[str]]:  # fmt: skip
+    """Decode these images into one Parquet file: the fingerprints of their pixels, and how many
+    of each label."""
     width = spec.size**2 * spec.num_channels
     schema = pa.schema([("id", pa.int64()), ("label", pa.int64()), ("pixels", pa.binary(width))])
     hashes: set[bytes] = set()
-    rows = 0
+    counts: Counter[str] = Counter()
     chunks = [at[start : start + _CHUNK] for start in range(0, len(at), _CHUNK)]
     with pq.ParquetWriter(path, schema) as writer, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of files that are a little wrong
@@ -319,18 +328,18 @@ def _write(
                 kept.append(i)
                 values.append(pixels.tobytes())
             hashes |= {hashlib.blake2b(value, digest_size=16).digest() for value in values}
-            rows += len(kept)
+            counts.update(table.labels[i] for i in kept)
             columns = [
                 pa.array(kept, pa.int64()),
                 pa.array([labels.index(table.labels[i]) for i in kept], pa.int64()),
                 pa.array(values, pa.binary(width)),
             ]
             writer.write_table(pa.table(columns, schema=schema))
-    if not rows:
+    if not counts:
         raise DataError(
             where, f"none of {len(at)} images decodes", allowed="images", fix="check some of them"
         )
-    return hashes, rows
+    return hashes, counts
 
 
 def _decode(
