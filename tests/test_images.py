@@ -315,7 +315,6 @@ def test_a_model_that_does_not_take_such_images_is_refused_at_once(pictures, tmp
             },
             "label_smoothing` has no effect",
         ),
-        ({"distill": {"embedding": {"loss": "mse", "weight": 1}}}, "is for tokens"),
     ],
 )
 def test_settings_without_an_effect_on_images_are_refused(change, said):

@@ -252,9 +252,6 @@ class Recipe(Spec):
         if mixup and self.distill.divergence.kind == "dkd":
             raise ValueError("`distill.divergence: dkd` parts one label from all else, and with "
                              "`augment.mixup` there are two: another divergence")  # fmt: skip
-        for name in ("hidden", "embedding"):
-            if getattr(self.distill, name) is not None:
-                raise ValueError(f"`distill.{name}` is for tokens, and images have none: null")
         return self
 
     @property

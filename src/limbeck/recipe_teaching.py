@@ -219,8 +219,8 @@ Layer = int | Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 
 
 class HiddenSpec(Spec):
-    """Hidden states of student and teacher, token by token. Projectors are trained with the student
-    and not saved in it."""
+    """Hidden states of student and teacher, token by token; of images in each quarter. Projectors
+    are trained with the student and not saved in it."""
 
     loss: Literal["mse", "cosine", "relation", "cka"] = "cosine"
     """`mse` and `cosine` behind a projector where the widths differ; `relation`: MiniLM's, between
