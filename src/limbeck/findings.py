@@ -21,6 +21,7 @@ from limbeck.report import (
     Environment,
     Fidelity,
     FrontierPoint,
+    Parting,
     Quality,
     Report,
     Retention,
@@ -166,6 +167,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         else None,
         fidelity=Fidelity.model_validate(compared["fidelity"]),
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
+        partings=tuple(Parting.model_validate(one) for one in compared.get("partings", ())),
         trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )

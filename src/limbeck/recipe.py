@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
 from limbeck.recipe_data import DataSpec, Source
-from limbeck.recipe_task import TaskSpec, task_of
+from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -238,6 +238,9 @@ class Recipe(Spec):
             if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
                 raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
                                  "label: a `divergence` of its own")  # fmt: skip
+        if distill.training.label_smoothing and not distill.hard_weight:
+            raise ValueError("`distill.training.label_smoothing` has no effect without hard "
+                             "labels: `distill.hard_weight` above 0")  # fmt: skip
         self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
@@ -269,9 +272,10 @@ class Recipe(Spec):
             return self
         if self.evidence.linear:
             raise ValueError("`evidence.linear` is a model on words, and images have none: null")
-        for name in ("hidden", "embedding"):
-            if getattr(self.distill, name) is not None:
-                raise ValueError(f"`distill.{name}` is for tokens, and images have none: null")
+        mixup = isinstance(task, ImageTask) and task.augment is not None and task.augment.mixup
+        if mixup and self.distill.divergence.kind == "dkd":
+            raise ValueError("`distill.divergence: dkd` parts one label from all else, and with "
+                             "`augment.mixup` there are two: another divergence")  # fmt: skip
         return self
 
     @property

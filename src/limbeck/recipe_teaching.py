@@ -54,6 +54,8 @@ class TrainingSpec(Spec):
     """Each layer further from the output learns this much slower; 1 is no difference."""
     head_factor: float = Field(1.0, gt=0, le=100)
     """What stands behind the last layer learns this much faster."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This share of each hard label is spread over all classes."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
     micro_batch: int | None = Field(None, ge=1)
@@ -217,8 +219,8 @@ Layer = int | Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 
 
 class HiddenSpec(Spec):
-    """Hidden states of student and teacher, token by token. Projectors are trained with the student
-    and not saved in it."""
+    """Hidden states of student and teacher, token by token; of images in each quarter. Projectors
+    are trained with the student and not saved in it."""
 
     loss: Literal["mse", "cosine", "relation", "cka"] = "cosine"
     """`mse` and `cosine` behind a projector where the widths differ; `relation`: MiniLM's, between

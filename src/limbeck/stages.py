@@ -77,7 +77,7 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
         training = Training(
             rows=task.rows("train"),
             teacher=NoTeacher(),
-            objective=Objective(hard_weight=1.0),
+            objective=Objective(smoothing=recipe.teacher.tune.label_smoothing),
             spec=recipe.teacher.tune,
             seed=recipe.seed,
             title="teacher",

@@ -62,21 +62,23 @@ def distil(
     task = open_task(recipe, places.data)
     model = _student(recipe, shape, places, task, start)
     what = "" if taught else f", hard labels, {start} start"
+    by = lesson(recipe, student, places, temperature, features) if taught else hard_labels(recipe)
     training = Training(
         rows=task.rows("train"),
         spec=recipe.training_of(student),
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **(lesson(recipe, student, places, temperature, features) if taught else hard_labels()),
+        **by,
     )
     train(model, training, folder, progress)
     task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
-def hard_labels() -> dict[str, Any]:
+def hard_labels(recipe: Recipe) -> dict[str, Any]:
     """No teacher."""
-    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
+    smoothing = recipe.distill.training.label_smoothing
+    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0, smoothing=smoothing)}
 
 
 def lesson(
@@ -89,6 +91,7 @@ def lesson(
         temperature=temperature_of(spec.temperature, temperature),
         soft_weight=spec.soft_weight,
         hard_weight=spec.hard_weight,
+        smoothing=spec.training.label_smoothing,
         divergence=spec.divergence.kind,
         settings=spec.divergence.settings(),
         standardized=spec.standardize,

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.parting import Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
@@ -226,6 +227,9 @@ class StudentEntry(TeacherEntry):
     """By name; for a classifier one per class."""
     baselines: Baselines = Baselines()
     """What the student must be better than."""
+    partings: tuple[Parting, ...] = ()
+    """Images: some that the primary format answers otherwise than the teacher, the furthest (KL)
+    first."""
     trained: bool = True
     """false: cut between the trained sizes of an elastic run."""
 
