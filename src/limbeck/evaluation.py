@@ -86,12 +86,17 @@ def measure_artifacts(
 
 
 def quality_of(
-    folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
-) -> None:
-    """A baseline's quality, of the primary format on all test rows, as for the student itself."""
+    folder: Path, recipe: Recipe, path: Path, data: Path, teacher: _Said, name: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """A baseline's quality, of the primary format on all test rows, as for the student itself; and
+    how far from the teacher it is."""
     task = open_task(recipe, data)
-    asked = _ask(task, path, recipe.export.primary, task.rows("test"), progress, name)
-    write_json(folder / "quality.json", task.judge.quality(asked))
+    rows = task.rows("test")
+    asked = _ask(task, path, recipe.export.primary, rows, progress, name)
+    held = task.judge.compare(_answered(teacher, rows), asked, lambda _: None)
+    quality = {**task.judge.quality(asked), "mean_kl": held["fidelity"]["mean_kl"]}
+    write_json(folder / "quality.json", quality)
 
 
 def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None:
@@ -117,13 +122,7 @@ def compare(
     """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
     task = open_task(recipe, data)
     rows = task.rows("test")
-    mine, theirs = (
-        Asked(
-            path=path, format=format, rows=rows,
-            said={f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))},
-        )
-        for path, format, at in (student, teacher)
-    )  # fmt: skip
+    mine, theirs = _answered(student, rows), _answered(teacher, rows)
     with progress.bar("compare", len(rows), "examples") as bar:
         found = task.judge.compare(theirs, mine, bar.advance)
     if isinstance(rows, ImageRows):
@@ -159,6 +158,13 @@ def _top(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     probs /= probs.sum()
     best = np.argsort(-probs, kind="stable")[:_ANSWERS].tolist()
     return [{"label": labels[i], "probability": float(probs[i])} for i in best]
+
+
+def _answered(said: _Said, rows: Rows) -> Asked:
+    """What a file said when it was measured."""
+    path, format, at = said
+    arrays = {f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))}
+    return Asked(path=path, format=format, rows=rows, said=arrays)
 
 
 def _ask(

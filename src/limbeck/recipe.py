@@ -123,6 +123,8 @@ class EvidenceSpec(Spec):
     baselines: Literal["none", "smallest", "all"] = "smallest"
     """Which students are trained again for the same steps with hard labels only, from the same
     start and from random weights."""
+    random_init: bool = True
+    """Of those the ones from random weights too, which cost as much as all others."""
     dedicated: tuple[Name, ...] = ()
     """Of an elastic run: these students also alone, from the same start, with the same loss and as
     many steps as the run spent on them."""

@@ -23,7 +23,7 @@ from limbeck.architecture.cut import (
     student_config,
 )
 from limbeck.architecture.importance import described, importance, load_importance
-from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.inputs import example_inputs, shortened
 from limbeck.architecture.plan import CostModel, Sample, plan_student, within_budget
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
@@ -137,13 +137,16 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     model = task.load(base, where="base")
     axes = find_axes(model.config, task.build)
     rows = some(task.rows("train"), _IMPORTANCE_ROWS, seed=seed)
-    axes = prove_axes(
-        model, model.config, task.build, axes, rows.batch(range(min(4, len(rows)))).inputs,
-        seed=seed,
-    )  # fmt: skip
+    few = shortened(rows.batch(range(min(4, len(rows)))).inputs)
+    with progress.bar("axes", len(axes), "axes") as bar:
+        axes = prove_axes(
+            model, model.config, task.build, axes, few, seed=seed, told=bar.advance
+        )
     batches = list(rows.batches(rows.num_together))
-    proved = [a for a in axes if a.proved]
-    scores = importance(model, proved, batches, progress, recipe.importance)
+    scores = importance(
+        model, [a for a in axes if a.proved], batches, progress,
+        recipe.importance, precision=recipe.distill.training.precision,
+    )  # fmt: skip
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")
     rises = [round(v, 6) for v in scores.layers.tolist()]

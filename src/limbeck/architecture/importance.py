@@ -9,7 +9,7 @@ ever used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from limbeck.architecture.activity import influence, mean_inputs, readers_of
 from limbeck.architecture.axes import Axis, Group, Member, find_axis
-from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.resuming import Layers
 from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.losses.divergence import cross_entropy
@@ -31,6 +31,7 @@ from limbeck.run import replaced
 from limbeck.types import Batch
 
 _DEFAULT = ImportanceSpec()
+Loss = Callable[[Batch], Tensor]
 _LAYER = "layers"
 _STEPS = 20  # of the curves in the report
 _FEW = 64  # units that are shown one by one
@@ -82,7 +83,7 @@ def described(axes: Sequence[Axis], found: Importance) -> list[dict[str, Any]]:
 
 def importance(
     model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress,
-    spec: ImportanceSpec = _DEFAULT,
+    spec: ImportanceSpec = _DEFAULT, *, precision: str = "fp32",
 ) -> Importance:  # fmt: skip
     """Scores on these batches. Neither the model's weights nor their gradients are touched.
 
@@ -93,39 +94,44 @@ def importance(
     layers = find_axis(axes, "layers")
     of_units = {"taylor": 3, "activation": 1, "magnitude": 0}[spec.units]
     of_layers = 1 + layers.size if layers and spec.layers == "leave-one-out" else bool(layers)
+    loss = partial(_loss, model, precision)
     with progress.bar("importance", len(batches) * (of_units + of_layers), "passes") as bar:
-        units = _SCORES[spec.units](model, axes, batches, bar)
+        units = _SCORES[spec.units](model, axes, batches, bar, loss)
         if layers is None:
             scores = torch.zeros(0)
         elif spec.layers == "block-influence":
             scores = influence(model, layers.pattern, layers.size, batches, bar)
         else:
-            scores = _rises(model, layers, batches, bar)
+            scores = _rises(model, layers, batches, bar, loss)
     return Importance(units, scores)
 
 
-def _rises(model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar) -> Tensor:
-    plain = _total_loss(model, batches, bar)
-    rises = []
-    for i in range(layers.size):
-        with skipped(model, layers.pattern.format(i)):
-            rises.append((_total_loss(model, batches, bar) - plain) / len(batches))
-    return torch.tensor(rises)
+def _rises(
+    model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar, loss: Loss
+) -> Tensor:
+    opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
+    each = []
+    with opened.open():
+        for found in on_each(partial(opened.rises, loss), batches):
+            each.append(found)
+            bar.advance(1 + layers.size)
+    return torch.tensor(each, dtype=torch.float64).mean(0).float()
 
 
 def _taylor(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, loss: Loss
 ) -> dict[str, Tensor]:
     units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
     parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
-    for gradients in on_each(partial(_gradients, model, parameters), batches):
+    for gradients in on_each(partial(_gradients, loss, parameters), batches):
         _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
         bar.advance(3)
     return {name: score / len(batches) for name, score in units.items()}
 
 
 def _magnitude(
-    model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar
+    model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar,
+    _loss: Loss,
 ) -> dict[str, Tensor]:
     squares = {name: p.detach().float().square() for name, p in model.named_parameters()}
     return {
@@ -135,7 +141,7 @@ def _magnitude(
 
 
 def _activation(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, _loss: Loss
 ) -> dict[str, Tensor]:
     means = mean_inputs(model, axes, batches, bar)
     units = {}
@@ -167,29 +173,17 @@ def _of_members(
     return total
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def _loss(model: nn.Module, precision: str, batch: Batch) -> Tensor:
     """The mean over what counts."""
-    logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
+    with torch.autocast(batch.mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
     return cross_entropy(logits, batch.labels[batch.mask]).mean()
 
 
-def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:
-    @torch.inference_mode()
-    def loss(batch: Batch) -> float:
-        return _loss(model, batch).item()
-
-    total = 0.0
-    for value in on_each(loss, batches):
-        total += value
-        bar.advance(1)
-    return total
-
-
 def _gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch
+    loss: Loss, parameters: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor | None]:
-    loss = _loss(model, batch)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(loss(batch), list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, found, strict=True))
 
 

@@ -37,6 +37,9 @@ class Quality(Spec):
     perplexity: float | None = Field(None, ge=0)
     """Of a language model: exp of the mean loss of a token, less is better. Comparable between
     models of one tokenizer alone."""
+    mean_kl: float | None = None
+    """Of a baseline: mean of KL(teacher || this) at temperature 1, in nats; the student's own is
+    its `fidelity`."""
 
 
 class Retention(Spec):
