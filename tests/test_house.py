@@ -11,11 +11,12 @@ ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
     {
-        "recipe", "recipe_data", "recipe_task", "recipe_teaching", "types", "progress",
-        "_startup", "cores", "ranks", "losses",
+        "recipe", "recipe_data", "recipe_task", "recipe_teacher", "recipe_teaching", "types",
+        "progress", "_startup", "cores", "ranks", "losses",
     },
     {"recipe_file"},
     {"run"},
+    {"nets"},
     {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},
