@@ -22,6 +22,7 @@ from limbeck.models import num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
+from limbeck.tasks.estimators import is_estimator
 from limbeck.tasks.image_classification import Rows as ImageRows
 from limbeck.tasks.images import png, reduced
 from limbeck.tasks.task import Rows, Task, open_task
@@ -38,19 +39,20 @@ prepare_torch()
 
 def measure_artifacts(
     folder: Path, recipe: Recipe, hf: Path, files: Path, data: Path, name: str,
-    progress: Progress, *, primary: str,
+    progress: Progress, *, primary: str, formats: Sequence[str],
 ) -> None:  # fmt: skip
     """Quality, parity, latency, memory of every exported file; answers of the primary one."""
     task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
-    config = task.read_config(hf, where=str(hf))
+    known = not is_estimator(hf)
+    config = task.read_config(hf, where=str(hf)) if known else None
     origin: Asked | None = None  # the model that was exported
     found = []
     wall_ms = {}
     # the model's own folder first: the other files are held against it
-    for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
+    for format in sorted(formats, key=lambda format: format != "hf"):
         path = artifact_path(hf, files, format)
         asked = _ask(task, path, format, test if format == primary else few, progress,
                      f"{name} {format}")  # fmt: skip
@@ -80,8 +82,8 @@ def measure_artifacts(
         else:
             entry["parity"] = task.judge.parity(origin, asked, compared)
         found.append(entry)
-    model = task.load(hf, where=str(hf))
-    summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
+    params = num_parameters(task.load(hf, where=str(hf))) if known else None
+    summary = {"params": params, "artifacts": found, "wall_ms": wall_ms}
     write_json(folder / "measurement.json", summary)
 
 

@@ -66,6 +66,8 @@ class Member:
 
 
 def artifact_path(hf: Path, files: Path, format: str) -> Path:
+    if format == "skops":
+        return hf / "model.skops"
     return hf if format == "hf" else files / file_of(format)
 
 
@@ -103,6 +105,10 @@ def assemble(
 
 
 def _teacher_name(recipe: Recipe) -> str:
+    if (estimator := recipe.teacher.estimator) is not None:
+        if estimator.model is None:
+            return str(estimator.kind).replace("_", " ")
+        return estimator.model.uri.rpartition("/")[2].removesuffix(".skops")
     if recipe.teacher.model is None:
         assert recipe.teacher.config is not None
         return str(recipe.teacher.config["model_type"])

@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from limbeck.errors import RecipeError
 from limbeck.recipe_data import DataSpec, Source
 from limbeck.recipe_task import ImageTask, TaskSpec, task_of
+from limbeck.recipe_teacher import EstimatorSpec
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -36,13 +37,17 @@ class TeacherSpec(Spec):
     config: dict[str, Any] | None = None
     """Instead of a model: `model_type` and fields of a transformers config. It starts from random
     weights, and `tune` teaches it all it knows."""
+    estimator: EstimatorSpec | None = None
+    """tabular, instead of a model: a scikit-learn estimator, asked for its probabilities."""
     tune: TrainingSpec | None = None
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("not one teacher: either `model` or `config`")
+        if [self.model, self.config, self.estimator].count(None) != 2:
+            raise ValueError("not one teacher: either `model`, `config` or `estimator`")
+        if self.estimator is not None and self.tune is not None:
+            raise ValueError("`tune` has no effect on an estimator: its `search`")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` names no architecture: `model_type: resnet`, say")
         if self.config is not None and self.tune is None:
@@ -273,11 +278,26 @@ class Recipe(Spec):
                                  "takes a config for students")  # fmt: skip
             return self
         if self.evidence.linear:
-            raise ValueError("`evidence.linear` is a model on words, and images have none: null")
+            raise ValueError(f"`evidence.linear` is a model on words; {task.kind} has none: null")
         mixup = isinstance(task, ImageTask) and task.augment is not None and task.augment.mixup
         if mixup and self.distill.divergence.kind == "dkd":
             raise ValueError("`distill.divergence: dkd` parts one label from all else, and with "
                              "`augment.mixup` there are two: another divergence")  # fmt: skip
+        for name in ("hidden", "embedding"):
+            if getattr(self.distill, name) is not None and not isinstance(task, ImageTask):
+                raise ValueError(f"`distill.{name}` is for tokens, and {task.kind} has none: null")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_a_base(self) -> Self:
+        if self.teacher.estimator is None:
+            return self
+        if not self.task.takes_estimators:
+            raise ValueError(f"`teacher.estimator` is for tabular, not for {self.task.kind}: "
+                             "`teacher.model` or `teacher.config`")  # fmt: skip
+        if self.base is None:
+            raise ValueError("no student can be cut from an estimator: `base: {config: "
+                             "{model_type: limbeck-tabular, ...}}`")  # fmt: skip
         return self
 
     @property

@@ -27,18 +27,21 @@ from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
 from limbeck.run import file_sha256, write_json
+from limbeck.runtime import load_predictor
 from limbeck.signals.capture import capture
 from limbeck.signals.codecs import AnyCodec
 from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
+from limbeck.tasks.estimators import FORMAT, MODEL, is_estimator
 from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
+from limbeck.teachers.blackbox import BlackBox
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Need, Places, Shape
+from limbeck.types import Batch, Need, Places, Shape, Teacher
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -120,7 +123,10 @@ def lesson(
     }  # fmt: skip
 
 
-def live_teacher(teacher: Path, task: Task) -> LiveTeacher:
+def live_teacher(teacher: Path, task: Task) -> Teacher:
+    if is_estimator(teacher):
+        path = teacher / MODEL
+        return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
     model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 

@@ -131,7 +131,7 @@ def _taylor(
 
 def _magnitude(
     model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar,
-    _loss: Loss,
+    _: Loss,
 ) -> dict[str, Tensor]:
     squares = {name: p.detach().float().square() for name, p in model.named_parameters()}
     return {
@@ -141,7 +141,7 @@ def _magnitude(
 
 
 def _activation(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, _loss: Loss
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, _: Loss
 ) -> dict[str, Tensor]:
     means = mean_inputs(model, axes, batches, bar)
     units = {}

@@ -111,8 +111,8 @@ class TeacherEntry(Spec):
 
     name: str = Field(min_length=1)
     """Where it came from, or its short name."""
-    params: int = Field(ge=0)
-    """Parameters, embeddings included."""
+    params: int | None = Field(ge=0)
+    """Parameters, embeddings included; null for an estimator, which has none to count."""
     primary: str
     """The format that budgets and retention speak of."""
     artifacts: tuple[Artifact, ...] = Field(min_length=1)
@@ -216,6 +216,8 @@ class Baselines(Spec):
 class StudentEntry(TeacherEntry):
     """One member of the family."""
 
+    params: int = Field(ge=0)
+    """Parameters, embeddings included."""
     shape: ShapeEntry
     """What was cut."""
     reason: str
