@@ -204,5 +204,5 @@ def test_the_worker_imports_nothing_of_ours():
         )
     }
     assert names - sys.stdlib_module_names == {
-        "llama_cpp", "numpy", "onnxruntime", "torch", "transformers"
+        "limbeck", "llama_cpp", "numpy", "onnxruntime", "sklearn", "skops", "torch", "transformers"
     }

@@ -29,7 +29,7 @@ from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
 from limbeck.sources import fetch
 
-_SURVEY = 3  # the format of what the stage `architecture` leaves
+_SURVEY = 4  # the format of what the stage `architecture` leaves
 
 
 @dataclass(frozen=True)

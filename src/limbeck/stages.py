@@ -149,9 +149,10 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
             model, model.config, task.build, axes, few, seed=seed, told=bar.advance
         )
     batches = list(rows.batches(rows.num_together))
+    proved = [a for a in axes if a.proved]
     scores = importance(
-        model, [a for a in axes if a.proved], batches, progress,
-        recipe.importance, precision=recipe.distill.training.precision,
+        model, proved, batches, progress, recipe.importance,
+        precision=recipe.distill.training.precision,
     )  # fmt: skip
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")

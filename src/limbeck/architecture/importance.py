@@ -9,7 +9,8 @@ ever used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,6 @@ from limbeck.run import replaced
 from limbeck.types import Batch
 
 _DEFAULT = ImportanceSpec()
-Loss = Callable[[Batch], Tensor]
 _LAYER = "layers"
 _STEPS = 20  # of the curves in the report
 _FEW = 64  # units that are shown one by one
@@ -87,6 +87,8 @@ def importance(
 ) -> Importance:  # fmt: skip
     """Scores on these batches. Neither the model's weights nor their gradients are touched.
 
+    With `precision` bf16 forwards run under autocast.
+
     Raises RecipeError for axes that the asked measure says nothing about.
     """
     model.eval()
@@ -94,44 +96,54 @@ def importance(
     layers = find_axis(axes, "layers")
     of_units = {"taylor": 3, "activation": 1, "magnitude": 0}[spec.units]
     of_layers = 1 + layers.size if layers and spec.layers == "leave-one-out" else bool(layers)
-    loss = partial(_loss, model, precision)
-    with progress.bar("importance", len(batches) * (of_units + of_layers), "passes") as bar:
-        units = _SCORES[spec.units](model, axes, batches, bar, loss)
+    bar_of = progress.bar("importance", len(batches) * (of_units + of_layers), "passes")
+    with bar_of as bar, _computing_in(precision, model):
+        units = _SCORES[spec.units](model, axes, batches, bar)
         if layers is None:
             scores = torch.zeros(0)
         elif spec.layers == "block-influence":
             scores = influence(model, layers.pattern, layers.size, batches, bar)
         else:
-            scores = _rises(model, layers, batches, bar, loss)
+            scores = _rises(model, layers, batches, bar)
     return Importance(units, scores)
 
 
-def _rises(
-    model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar, loss: Loss
-) -> Tensor:
+@contextmanager
+def _computing_in(precision: str, model: nn.Module) -> Iterator[None]:
+    if precision == "fp32":
+        yield
+        return
+    device = next(model.parameters()).device.type
+    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _rises(model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar) -> Tensor:
     opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
     each = []
     with opened.open():
-        for found in on_each(partial(opened.rises, loss), batches):
+        for found in on_each(partial(opened.rises, partial(_loss, model)), batches):
             each.append(found)
             bar.advance(1 + layers.size)
     return torch.tensor(each, dtype=torch.float64).mean(0).float()
 
 
 def _taylor(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, loss: Loss
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
 ) -> dict[str, Tensor]:
     units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
     parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
-    for gradients in on_each(partial(_gradients, loss, parameters), batches):
+    for gradients in on_each(partial(_gradients, model, parameters), batches):
         _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
         bar.advance(3)
     return {name: score / len(batches) for name, score in units.items()}
 
 
 def _magnitude(
-    model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar,
-    _: Loss,
+    model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar
 ) -> dict[str, Tensor]:
     squares = {name: p.detach().float().square() for name, p in model.named_parameters()}
     return {
@@ -141,7 +153,7 @@ def _magnitude(
 
 
 def _activation(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar, _: Loss
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
 ) -> dict[str, Tensor]:
     means = mean_inputs(model, axes, batches, bar)
     units = {}
@@ -173,17 +185,17 @@ def _of_members(
     return total
 
 
-def _loss(model: nn.Module, precision: str, batch: Batch) -> Tensor:
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean over what counts."""
-    with torch.autocast(batch.mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
+    logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
     return cross_entropy(logits, batch.labels[batch.mask]).mean()
 
 
 def _gradients(
-    loss: Loss, parameters: Mapping[str, Tensor], batch: Batch
+    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor | None]:
-    found = torch.autograd.grad(loss(batch), list(parameters.values()), allow_unused=True)
+    loss = _loss(model, batch)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, found, strict=True))
 
 
