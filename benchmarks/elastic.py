@@ -124,7 +124,7 @@ def prepared(run: Path, *, is_sorted: bool = True, hard: bool = False) -> Settin
         sizes = {"hidden": heads * hidden.size // _HEADS, "heads": heads}
         sizes["ffn"] = width * ffn.size // _FFN
         shapes[name] = Shape(sizes, keep_layers(scores.layers, layers))
-    lesson = teaching.hard_labels() if hard else teaching.lesson(recipe, None, places)
+    lesson = teaching.hard_labels(recipe) if hard else teaching.lesson(recipe, None, places)
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
     return Setting(task, config, axes, state, shapes, lesson, task.rows("train"))
 

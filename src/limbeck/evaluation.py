@@ -5,6 +5,8 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 
 from __future__ import annotations
 
+from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,16 @@ from limbeck.models import num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
+from limbeck.tasks.estimators import is_estimator
+from limbeck.tasks.image_classification import Rows as ImageRows
+from limbeck.tasks.images import png, reduced
 from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
+_PARTINGS = 8  # images of each student that the report shows
+_THUMBNAIL = 96  # pixels a side, at most
+_ANSWERS = 3
 _Said = tuple[Path, str, Path]  # a file, its format, where its answers lie
 
 prepare_torch()
@@ -31,19 +39,20 @@ prepare_torch()
 
 def measure_artifacts(
     folder: Path, recipe: Recipe, hf: Path, files: Path, data: Path, name: str,
-    progress: Progress, *, primary: str,
+    progress: Progress, *, primary: str, formats: Sequence[str],
 ) -> None:  # fmt: skip
     """Quality, parity, latency, memory of every exported file; answers of the primary one."""
     task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
-    config = task.read_config(hf, where=str(hf))
+    known = not is_estimator(hf)
+    config = task.read_config(hf, where=str(hf)) if known else None
     origin: Asked | None = None  # the model that was exported
     found = []
     wall_ms = {}
     # the model's own folder first: the other files are held against it
-    for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
+    for format in sorted(formats, key=lambda format: format != "hf"):
         path = artifact_path(hf, files, format)
         asked = _ask(task, path, format, test if format == primary else few, progress,
                      f"{name} {format}")  # fmt: skip
@@ -73,8 +82,8 @@ def measure_artifacts(
         else:
             entry["parity"] = task.judge.parity(origin, asked, compared)
         found.append(entry)
-    model = task.load(hf, where=str(hf))
-    summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
+    params = num_parameters(task.load(hf, where=str(hf))) if known else None
+    summary = {"params": params, "artifacts": found, "wall_ms": wall_ms}
     write_json(folder / "measurement.json", summary)
 
 
@@ -117,7 +126,40 @@ def compare(
     rows = task.rows("test")
     mine, theirs = _answered(student, rows), _answered(teacher, rows)
     with progress.bar("compare", len(rows), "examples") as bar:
-        write_json(folder / "comparison.json", task.judge.compare(theirs, mine, bar.advance))
+        found = task.judge.compare(theirs, mine, bar.advance)
+    if isinstance(rows, ImageRows):
+        found["partings"] = partings(
+            rows, theirs.said["logits"], mine.said["logits"], task.labels
+        )
+    write_json(folder / "comparison.json", found)
+
+
+def partings(
+    rows: ImageRows, teacher: np.ndarray, student: np.ndarray, labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Images whose top answers differ, those first on which the logits (N, C) are furthest apart
+    (KL), as report.json spells them."""
+    apart = measure.kl(teacher, student)  # (N,)
+    parted = np.flatnonzero(teacher.argmax(1) != student.argmax(1))
+    chosen = parted[np.argsort(-apart[parted], kind="stable")][:_PARTINGS]
+    return [
+        {
+            "image": "data:image/png;base64,"
+            + b64encode(png(reduced(rows.pixels[i], _THUMBNAIL))).decode("ascii"),
+            "label": labels[rows.labels[i]],
+            "teacher": _top(teacher[i], labels),
+            "student": _top(student[i], labels),
+            "kl": float(apart[i]),
+        }
+        for i in chosen.tolist()
+    ]
+
+
+def _top(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    probs = np.exp(logits.astype(np.float64) - logits.max())
+    probs /= probs.sum()
+    best = np.argsort(-probs, kind="stable")[:_ANSWERS].tolist()
+    return [{"label": labels[i], "probability": float(probs[i])} for i in best]
 
 
 def _answered(said: _Said, rows: Rows) -> Asked:

@@ -25,10 +25,14 @@ def example_inputs(
     """Two random examples of what the model reads. Raises AxisError where none of them runs.
 
     What it reads is its `main_input_name`, and whatever else its forward cannot do without:
-    tokens for a decoder, an image beside a text. Of sizes that no config names some are tried.
+    tokens for a decoder, an image beside a text. Of sizes that no config names some are tried. A
+    model of another kind of input has an example of it: `dummy_inputs`, as transformers calls it.
     """
     takes = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
+    own: dict[str, Tensor] = getattr(model, "dummy_inputs", {})
+    if main not in _MAKERS and main in own:
+        return own
     names = [main, *(n for n in ("input_ids", "pixel_values") if n in takes and n != main)]
     problem: Exception | None = None
     for wanted in dict.fromkeys(((main,), tuple(names))):

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.parting import Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
@@ -110,8 +111,8 @@ class TeacherEntry(Spec):
 
     name: str = Field(min_length=1)
     """Where it came from, or its short name."""
-    params: int = Field(ge=0)
-    """Parameters, embeddings included."""
+    params: int | None = Field(ge=0)
+    """Parameters, embeddings included; null for an estimator, which has none to count."""
     primary: str
     """The format that budgets and retention speak of."""
     artifacts: tuple[Artifact, ...] = Field(min_length=1)
@@ -215,6 +216,8 @@ class Baselines(Spec):
 class StudentEntry(TeacherEntry):
     """One member of the family."""
 
+    params: int = Field(ge=0)
+    """Parameters, embeddings included."""
     shape: ShapeEntry
     """What was cut."""
     reason: str
@@ -229,6 +232,9 @@ class StudentEntry(TeacherEntry):
     """By name; for a classifier one per class."""
     baselines: Baselines = Baselines()
     """What the student must be better than."""
+    partings: tuple[Parting, ...] = ()
+    """Images: some that the primary format answers otherwise than the teacher, the furthest (KL)
+    first."""
     trained: bool = True
     """false: cut between the trained sizes of an elastic run."""
 
@@ -270,7 +276,7 @@ class TrainingPoint(Spec):
     """What the optimizer minimised."""
     terms: dict[str, float] = Field(default_factory=dict)
     """Its parts, weights included: soft (the teacher's soft targets), hard (the hard labels),
-    hidden (states), embedding."""
+    hidden (states), embedding; of a step on the student's own texts on_policy alone."""
     gradients: dict[str, float] = Field(default_factory=dict)
     """Norm of each part's gradient, at a few steps."""
     cosines: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]] = Field(default_factory=dict)
@@ -283,6 +289,8 @@ class TrainingPoint(Spec):
     """Of an elastic run: each size's `validation`."""
     examples_per_s: float | None = None
     """Training speed."""
+    writing: float | None = Field(None, ge=0)
+    """Share of the time since the last point that the student wrote texts to learn from."""
     validation: float | None = None
     """Quality on the validation rows, a fraction."""
 

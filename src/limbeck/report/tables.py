@@ -77,7 +77,7 @@ def _cost_cells(name: str, model: TeacherEntry) -> tuple[str, ...]:
     main = model.main
     return (
         name,
-        count_text(model.params),
+        NONE if model.params is None else count_text(model.params),
         bytes_text(main.size_bytes),
         _latency_cell(main.latency_ms),
         rate_text(main.throughput_per_s),
