@@ -20,8 +20,8 @@ Settings are chosen with `--split validation --far --seeds 1`. A quarter of thos
 copies of training rows (they answer in the same threads) while the test rows were written later;
 so accuracy and loss are also given on the `far` half: the rows whose nearest training row, by the
 cosine of TF-IDF over tokens, is further away than the median. `--first 1 --largest 0` is what the
-pipeline does: the largest alone, for its share of the cost, then the others in its weights. Ablations
-of the family: `--policy`, `--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--unsorted`,
+pipeline does: the largest alone, for its share of the cost, then the others in its weights. More
+ablations: `--policy`, `--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--unsorted`,
 `--hard`; with `--what elastic` only the family is trained, and pilots say what the others cost.
 """
 
