@@ -301,17 +301,22 @@ def trained(trainer: Any, clock: Clock) -> list[float]:
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def word(i: int) -> str:
+    """None is the beginning of another: special ones would be found within it."""
+    return f"w{i:06d}"
+
+
 def tokenizer_of(case: dict[str, Any]) -> Any:
     """A word for each token: prompts can be given as text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab: Any = (_SMALL if case["quick"] else _BIG)["vocab"]
-    words = {f"w{i}": i for i in range(vocab)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = {word(i): i for i in range(vocab)}
+    backend = Tokenizer(models.WordLevel(words, unk_token=word(0)))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", bos_token="w1", eos_token="w2",
+        tokenizer_object=backend, pad_token=word(0), bos_token=word(1), eos_token=word(2),
         padding_side="left",
     )  # fmt: skip
 
@@ -347,7 +352,7 @@ def distillation(case: dict[str, Any], clock: Clock) -> list[float]:
     from trl import DistillationConfig, DistillationTrainer
 
     tokens = tokens_of(case).tolist()
-    prompts = [" ".join(f"w{i}" for i in row[:PROMPT]) for row in tokens]
+    prompts = [" ".join(map(word, row[:PROMPT])) for row in tokens]
     completions = {tuple(row[:PROMPT]): row[PROMPT:] for row in tokens}
     length = LENGTH - PROMPT
 
