@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS])
     parser.add_argument("--clock", default="cpu", choices=["wall", "cpu"])
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=STEPS, help="measured, after two")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -66,8 +67,8 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="lm-step-") as name:
-        case = {"quick": options.quick, "warm": WARM, "steps": STEPS, "stores": name}
-        for codec in ("sampled", "topk"):
+        case = {"quick": options.quick, "warm": WARM, "steps": options.steps, "stores": name}
+        for codec in sorted({OURS.get(variant, "") for variant in options.variants} - {""}):
             work(case | {"variant": "capture", "codec": codec, "precision": "fp32"})
         for precision in options.precision:
             rows += compare(case | {"precision": precision}, options)
@@ -111,7 +112,7 @@ def compare(case: dict[str, Any], options: argparse.Namespace) -> list[dict[str,
         {
             "measure": f"{ours}: {what}", "setting": setting, "ours": table[ours],
             "other": table[other], "other_name": other, "ratio": table[ours] / table[other],
-            "unit": unit, "n": STEPS,
+            "unit": unit, "n": options.steps,
         }
         for ours in OURS if ours in seconds
         for other in OTHERS if other in seconds

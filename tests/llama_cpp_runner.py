@@ -9,13 +9,19 @@ import pytest
 
 
 @contextmanager
-def opened(path: Path, n_ctx: int = 128):
+def without_amx():
     """Without its AMX kernels, which end the process (0.3.36). Skips where it is not installed."""
     llama_cpp = pytest.importorskip("llama_cpp")
     inner = llama_cpp.llama_cpp
     settings = inner.llama_model_default_params()
     settings.use_extra_bufts = False
     with patch.object(inner, "llama_model_default_params", lambda: settings):
+        yield llama_cpp
+
+
+@contextmanager
+def opened(path: Path, n_ctx: int = 128):
+    with without_amx() as llama_cpp:
         found = llama_cpp.Llama(
             str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False,
             type_k=0, type_v=0,  # keys and values in fp32

@@ -139,3 +139,18 @@ def test_a_forked_process_has_threads_of_its_own():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "7\n"
+
+
+def test_a_gradient_is_kept_as_it_is_unless_another_parameter_has_it_too():
+    parameters = [torch.zeros(3), torch.zeros(3), torch.zeros(2, 3)]
+    shared, wide = torch.ones(3), torch.ones(3).expand(2, 3)
+    found = step._Sum(parameters)
+    found.add([shared, shared, wide], adopt=True)
+    assert found.found[0] is shared
+    found.add([torch.full((3,), 2.0), None, torch.ones(2, 3)], adopt=True)
+    assert [g.sum().item() for g in found.found] == [9, 3, 12]
+    kept = torch.ones(3)
+    other = step._Sum(parameters)
+    other.add([kept, None, None])
+    other.add([kept, None, None])
+    assert kept.sum() == 3

@@ -13,14 +13,17 @@ from transformers import (
     LlamaConfig,
 )
 
+import tiny_language
 from limbeck import step
 from limbeck.errors import RecipeError
 from limbeck.heads import Tap, tap_head
 from limbeck.objective import Objective
+from limbeck.observe import Observer
 from limbeck.progress import Silent
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.signals.capture import keys_of
 from limbeck.signals.codecs import Sampled, TopK
+from limbeck.teachers.live import LiveTeacher
 from limbeck.temperature import Fixed, PerExample
 from limbeck.train import train
 from limbeck.types import Batch, Need, Signal
@@ -266,3 +269,38 @@ def test_a_compiled_model_makes_the_same_step():
         )  # fmt: skip
         found.append(step.Step(one, training, [*model.parameters()])(0, look=False))
     assert apart(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [0, 16])
+def test_a_live_teacher_leaves_its_head_to_the_loss(padding):
+    """Value and gradient are those of whole logits; those that do not count are not made."""
+    size = len(tiny_language.tokenizer())
+    teacher = LiveTeacher(tiny_language.model(seed=1), "x")
+    student = tiny_language.model(vocab_size=size + padding)
+    ids = torch.randint(3, size, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, :4] = False
+    batch = Batch(inputs={"input_ids": ids}, labels=ids.roll(-1, 1), mask=mask,
+                  example_ids=torch.arange(2))  # fmt: skip
+    objective = Objective(
+        temperature=Fixed(2.0), soft_weight=0.7, hard_weight=0.3,
+        shared_ids=size if padding else None,
+    )  # fmt: skip
+
+    def learnt(observe):
+        target = teacher.signal(batch, objective.needs)
+        terms = objective.terms(observe(batch, objective.needs), target, batch, apart=False)
+        total = sum(term.total for term in terms.values())
+        weights = [*student.parameters()]
+        return total.detach(), torch.autograd.grad(total, weights)
+
+    observe = Observer(student)
+    plain = learnt(observe)
+    teacher.leave_head(batch)
+    asked = teacher.signal(batch, objective.needs)
+    assert asked.logits is None and asked.head_input.shape == (2, 9, 64)
+    halfway = learnt(observe)  # of a student that is dense
+    observe.tap = tap_head(student, batch)
+    for total, gradients in (halfway, learnt(observe)):
+        torch.testing.assert_close(total, plain[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients, plain[1], rtol=1e-4, atol=1e-5)

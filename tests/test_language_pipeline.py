@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import limbeck
+import llama_cpp_runner
 import tiny_language
 from limbeck import runtime
 from limbeck.causal import load_causal
@@ -16,6 +17,7 @@ from limbeck.cli import main
 from limbeck.errors import RecipeError
 from limbeck.gguf_source import read_gguf
 from limbeck.measure_language import score_documents
+from limbeck.models import load_tokenizer
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
 from limbeck.stages import Planner, places_of
@@ -121,6 +123,23 @@ def test_a_student_writes_on_and_the_cards_snippet_too(done, capsys, monkeypatch
     monkeypatch.chdir(student / "hf")
     exec(code.replace('"Your text"', "'the old'").replace("=40", "=60"), {"__name__": "card"})
     assert capsys.readouterr().out.strip() == said
+
+
+@pytest.mark.slow
+def test_the_cards_snippet_for_llama_cpp_writes_on(done, capsys, monkeypatch):
+    folder, _ = done
+    hf = folder / "out/students/one/hf"
+    code = (hf / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    monkeypatch.chdir(hf)
+    with llama_cpp_runner.without_amx():
+        exec(code.replace('"Your text"', "'the old'").replace("40", "8"), {"__name__": "card"})
+    said = capsys.readouterr().out.strip()
+    model, tokenizer = load_causal(hf, where="x"), load_tokenizer(hf, where="x")
+    written = model.generate(
+        **tokenizer("the old", return_tensors="pt", return_token_type_ids=False),
+        max_new_tokens=8, do_sample=False,
+    )  # fmt: skip
+    assert said and tokenizer.decode(written[0, 2:], skip_special_tokens=True).split()[0] in said
 
 
 @pytest.mark.slow

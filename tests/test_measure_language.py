@@ -1,12 +1,14 @@
 """Scores are sums over what counts, and intervals resample documents."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 import tiny_language
+from limbeck import answers
 from limbeck.measure_language import (
     DocumentScores,
     chrf,
@@ -54,6 +56,44 @@ def test_sums_are_those_of_each_document_alone(layout):
         assert found.same[at] == (ours.argmax(-1) == theirs.argmax(-1)).sum()
     itself = score_documents(student, rows(layout), teacher=student)
     assert np.allclose(itself.kl, 0, atol=1e-6) and (itself.same == itself.num_tokens).all()
+
+
+def fields(scores: DocumentScores) -> list[list[float]]:
+    return [np.asarray(column, float).tolist() for column in asdict(scores).values()]
+
+
+@pytest.mark.parametrize("found", ["head", "a model without a last matrix"])
+def test_answers_kept_short_say_what_logits_say(monkeypatch, found):
+    """Also of a teacher with rows of padding, which nobody is asked about."""
+    if found != "head":
+        monkeypatch.setattr(answers, "tap_head", lambda *_: "it has none")
+    student = tiny_language.model(seed=1)
+    teacher = tiny_language.model(seed=2, vocab_size=len(TOKENIZER) + 5)
+    for model in (student, teacher):
+        model.config.use_cache = False
+    told = []
+    mine, theirs = (answers.answers(m, rows("pack"), told.append) for m in (student, teacher))
+    assert (mine.head is None) == (found != "head")
+    assert told == [3, 3]
+    wanted = score_documents(student, rows("pack"), teacher=teacher, shared_ids=len(TOKENIZER))
+    for mine_, wanted_ in zip(fields(answers.score(mine, theirs)), fields(wanted), strict=True):
+        assert mine_ == pytest.approx(wanted_, rel=1e-5, abs=1e-6)
+    alone = answers.score(mine)
+    assert alone.kl is None and np.allclose(alone.nll, wanted.nll, rtol=1e-5)
+
+
+def test_a_file_is_run_once_until_it_is_another(tmp_path, monkeypatch):
+    folder = tiny_language.save(tmp_path / "m")
+    loaded = []
+    load = answers.load_file
+    monkeypatch.setattr(answers, "load_file", lambda *a: loaded.append(a) or load(*a))
+    ask, told = answers.Asker(), []
+    first = ask(folder, "hf", rows("pad"), told.append)
+    assert ask(folder, "hf", rows("pad"), told.append) is first and told == [4, 4]
+    assert ask(folder, "hf", rows("pack"), told.append) is not first
+    tiny_language.model(seed=5).save_pretrained(folder)
+    other = ask(folder, "hf", rows("pad"), told.append)
+    assert len(loaded) == 3 and not torch.equal(other.said, first.said)
 
 
 def test_perplexity_and_bits_are_of_tokens_not_of_documents():

@@ -46,9 +46,12 @@ class Answers:
     def logits(self, rows: slice) -> Tensor:
         return self.said[rows] if self.head is None else self.head.logits(self.said[rows])
 
+    @property
+    def vocab_size(self) -> int:
+        return self.said.shape[1] if self.head is None else len(self.head.weight)
+
     def chunks(self) -> Iterator[slice]:
-        width = self.said.shape[1] if self.head is None else len(self.head.weight)
-        size = rows_per_chunk(width)
+        size = rows_per_chunk(self.vocab_size)
         return (slice(start, start + size) for start in range(0, len(self.said), size))
 
 
@@ -122,11 +125,17 @@ def answers(model: nn.Module, rows: Rows, told: Callable[[int], object]) -> Answ
 
 @torch.inference_mode()
 def score(mine: Answers, theirs: Answers | None = None) -> DocumentScores:
-    """By document; with a teacher's answers to the same rows held against those."""
+    """By document; with a teacher's answers to the same rows held against those.
+
+    Where one of them has more rows in its table those are padding, and left out.
+    """
+    sizes = [one.vocab_size for one in (mine, theirs) if one is not None]
+    shared = None if len({*sizes}) == 1 else min(sizes)
 
     @torch.inference_mode()
     def look(rows: slice) -> tuple[Tensor, ...]:
         other = None if theirs is None else theirs.logits(rows)
-        return (mine.documents[rows], *token_scores(mine.logits(rows), mine.labels[rows], other))
+        found = token_scores(mine.logits(rows), mine.labels[rows], other, shared_ids=shared)
+        return (mine.documents[rows], *found)
 
     return summed([*on_each(look, mine.chunks())])

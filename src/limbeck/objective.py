@@ -106,7 +106,7 @@ class Objective:
         if self.soft_weight:
             targets = self._targets(student, teacher, batch)
             losses["soft"] = lambda logits, rows: self._soft(
-                logits, labels[rows], targets.at(rows), done
+                logits, labels[rows], targets(rows), done
             )
         if self.hard_weight:
             losses["hard"] = self._hard(labels, batch)
@@ -152,17 +152,35 @@ class Objective:
 
     def _targets(
         self, student: Signal, teacher: Signal, batch: Batch
-    ) -> DenseTargets | SparseTargets:
-        found = teacher.targets
+    ) -> Callable[[Rows], DenseTargets | SparseTargets]:
+        """Of some of the counted positions. Logits that a teacher left to its head are made then:
+        of a chunk, and never of positions that do not count."""
+        found, fit = teacher.targets, self._fit(student)
+        if found is None and teacher.head is not None:
+            assert teacher.head_input is not None
+            head, hidden = teacher.head, teacher.head_input.detach()[batch.mask]  # (P, D)
+
+            @torch.no_grad()
+            def made(rows: Rows) -> DenseTargets | SparseTargets:
+                return fit(DenseTargets(logits=head.logits(hidden[rows])))
+
+            return made
         if found is None:
             assert teacher.logits is not None, "the teacher was asked for logits and gave none"
             found = DenseTargets(logits=teacher.logits.detach()[batch.mask])
+        return fit(found).at
+
+    def _fit(
+        self, student: Signal
+    ) -> Callable[[DenseTargets | SparseTargets], DenseTargets | SparseTargets]:
+        """To the student's vocabulary."""
         if self.shared_ids is None:
-            return found
-        if student.head is not None:
-            return fitted(found, self.shared_ids, len(student.head.weight))
-        assert student.logits is not None
-        return fitted(found, self.shared_ids, student.logits.shape[-1])
+            return lambda targets: targets
+        size = len(student.head.weight) if student.head is not None else None
+        if size is None:
+            assert student.logits is not None
+            size = student.logits.shape[-1]
+        return partial(fitted, shared=self.shared_ids, vocab_size=size)
 
     def _hard(self, labels: Tensor, batch: Batch) -> Callable[[Tensor, Rows], Tensor]:
         """Of two labels where two examples are mixed, by their shares."""

@@ -168,7 +168,8 @@ class _Still:
         recipe = self.recipe
         inputs: list[Any] = [model.sha256, recipe.task]
         if recipe.teacher.trim_vocabulary:
-            inputs += [train.sha256, recipe.data, recipe.seed]
+            which = recipe.data.model_dump(exclude={"max_train_rows", "max_test_rows"})
+            inputs += [train.sha256, which, recipe.seed]  # of those that are left, all texts
         made = self.run.stage(
             "model", inputs, lambda at: stages.make_model(at, recipe, model.path, train.path)
         )

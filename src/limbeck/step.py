@@ -27,6 +27,7 @@ from limbeck.recipe_teaching import TrainingSpec
 from limbeck.run import read_index, write_json
 from limbeck.statistics import GHOST, norms_of
 from limbeck.tasks.task import Rows, order
+from limbeck.teachers.live import LiveTeacher
 from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4
@@ -145,7 +146,7 @@ class Step:
         by_term = {name: _Sum(self.parameters) for name in lesson.objective.weights}
         terms: dict[str, Tensor] = {}
         for part in on_each(share, batches):
-            gradient.add(part.gradient)
+            gradient.add(part.gradient, adopt=True)
             for name, gradients in part.by_term.items():
                 by_term[name].add(gradients)
             for name, value in part.values.items():
@@ -213,15 +214,21 @@ class _Sum:
         self.parameters = parameters
         self.found: list[Tensor | None] = [None] * len(parameters)
 
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
+    def add(self, gradients: Sequence[Tensor | None], *, adopt: bool = False) -> None:
+        """`adopt`: nobody else needs these gradients, so the first ones are kept as they are."""
+        taken: set[int] = set()
         for at, gradient in enumerate(gradients):
             mine = self.found[at]
             if gradient is None:
                 continue
-            if mine is None:  # a copy: autograd may hand out one tensor for two parameters
-                self.found[at] = gradient.clone()
-            else:
+            if mine is not None:
                 mine.add_(gradient)
+                continue
+            # autograd may hand out one tensor for two parameters, or one number for a whole tensor
+            own = adopt and not gradient.is_sparse and gradient.is_contiguous()
+            storage = gradient.untyped_storage().data_ptr() if own else 0
+            self.found[at] = gradient if own and storage not in taken else gradient.clone()
+            taken.add(storage)
 
     def dense(self) -> list[Tensor]:
         pairs = zip(self.found, self.parameters, strict=True)
@@ -279,6 +286,11 @@ def start_head(step_of: Step) -> str | None:
         found.remove()
         return None
     step_of.observe.tap = found
+    training = step_of.training
+    own = training.on_policy.teacher if training.on_policy is not None else None
+    for teacher in (training.teacher, own):
+        if isinstance(teacher, LiveTeacher):
+            teacher.leave_head(training.rows.batch([0]).to(step_of.device))
     return (
         f"fused loss: {positions:,} positions x {classes:,} classes in chunks of "
         f"{CHUNK_BYTES >> 20} MiB, where logits would take {size >> 20:,} MiB"

@@ -20,6 +20,7 @@ from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
+from limbeck.models import load_tokenizer
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
 from limbeck.on_policy import on_policy
@@ -42,6 +43,7 @@ from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
 from limbeck.types import Batch, Need, Places, Shape, Teacher
+from limbeck.vocabulary import shared_ids
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -89,7 +91,7 @@ def lesson(
     temperature: float | None = None, features: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Who teaches, by which objective; without a student of its own for all of a family."""
-    spec = recipe.distill
+    spec, task = recipe.distill, open_task(recipe, places.data)
     objective = Objective(
         temperature=temperature_of(spec.temperature, temperature),
         soft_weight=spec.soft_weight,
@@ -99,8 +101,8 @@ def lesson(
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
+        shared_ids=shared_vocabulary(task, places),
     )
-    task = open_task(recipe, places.data)
     origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
@@ -129,6 +131,23 @@ def live_teacher(teacher: Path, task: Task) -> Teacher:
         return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
     model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
+
+
+def shared_vocabulary(task: Task, places: Places) -> int | None:
+    """How many ids both models mean the same by, where their tables have not equally many rows.
+
+    None where they have, or where what is predicted are labels. Raises DataError for two
+    tokenizers.
+    """
+    if task.labels:
+        return None
+    sides = {"teacher": places.teacher, "base": places.base}
+    configs = {name: task.read_config(at, where=name) for name, at in sides.items()}
+    sizes = {name: int(config.vocab_size) for name, config in configs.items()}
+    if sizes["teacher"] == sizes["base"]:
+        return None
+    theirs, ours = (load_tokenizer(at, where=name).get_vocab() for name, at in sides.items())
+    return shared_ids(ours, theirs, student_size=sizes["base"], teacher_size=sizes["teacher"])
 
 
 def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from limbeck.heads import tap_head
 from limbeck.observe import Observer
 from limbeck.types import Batch, Need, Signal
 
@@ -23,6 +24,13 @@ class LiveTeacher:
         """`layers`: the hidden states that will be asked for, by number or path; none: all."""
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self._observe = Observer(model, layers, precision=precision)
+
+    def leave_head(self, batch: Batch) -> None:
+        """From now on logits are left to whoever wants them: a signal has the head and what it
+        multiplies, where the model is found to have one on this batch."""
+        if self._observe.tap is None:
+            found = tap_head(self.model, batch)
+            self._observe.tap = None if isinstance(found, str) else found
 
     @torch.inference_mode()
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:
