@@ -29,6 +29,13 @@ from limbeck.types import Shape
 
 Region = tuple[slice, ...]
 
+OWN: Mapping[str, Callable[[str, Tensor], bool]] = {
+    "none": lambda *_: False,
+    "norms": lambda name, _: "norm" in name.lower(),
+    "vectors": lambda _, weight: weight.dim() < 2,
+    "head": lambda name, _: "classifier" in name,
+    "both": lambda name, weight: weight.dim() < 2 or "classifier" in name,
+}
 _TABLE = 64  # rows from which on a table's gradient is kept by rows
 
 
@@ -98,6 +105,7 @@ class Family:
     def __init__(
         self, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
         shapes: Mapping[str, Shape], state: Mapping[str, Tensor],
+        *, own: str = "none",
     ) -> None:  # fmt: skip
         assert shapes
         self.config, self.build, self.teachers_axes = config, build, tuple(axes)
@@ -114,6 +122,14 @@ class Family:
             places = {}
             for name, _ in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
+                if own != "none" and OWN[own](teachers, state[teachers]):
+                    key = (size, identity(state[teachers]))
+                    shared = names.setdefault(key, f"{size}/{teachers}")
+                    if shared not in self.weights:
+                        regions = _regions(state[teachers], teachers, axes, shape)
+                        self.weights[shared] = Place(shared, regions).of(state[teachers]).clone()
+                    places[name] = Place(shared, (_everything(self.weights[shared]),))
+                    continue
                 shared = names.setdefault(identity(state[teachers]), teachers)
                 self.first_names[teachers] = shared
                 if shared not in self.weights:

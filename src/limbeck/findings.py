@@ -92,6 +92,7 @@ def assemble(
         labels=tuple(about["labels"]),
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
+        importance=recipe.importance.model_dump(),
         unit_importance=tuple(map(UnitImportance.model_validate, survey["unit_importance"])),
         warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
     )

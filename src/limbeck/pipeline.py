@@ -240,7 +240,8 @@ class _Still:
 
     def space(self, base: Made, data: Made) -> Made:
         return self.run.stage(
-            "architecture", [_SURVEY, base.digest, data.digest, self.recipe.seed],
+            "architecture",
+            [_SURVEY, base.digest, data.digest, self.recipe.seed, self.recipe.importance],
             lambda at: stages.survey(
                 at, self.recipe, base.folder, data.folder, self.progress
             ),

@@ -107,6 +107,18 @@ class StudentSpec(Spec):
     (`limbeck scale` adds such students)."""
 
 
+class ImportanceSpec(Spec):
+    """What students keep first: the units and layers that matter most on training rows."""
+
+    units: Literal["taylor", "activation", "magnitude"] = "taylor"
+    """`taylor`: how much the loss would change without the unit, to first order (three passes over
+    some rows); `activation`: how large what it gives is (one); `magnitude`: how large its weights
+    are (none)."""
+    layers: Literal["leave-one-out", "block-influence"] = "leave-one-out"
+    """`leave-one-out`: how much the loss rises when the layer is skipped (one pass for each layer);
+    `block-influence`: how far the layer turns what runs through it (one for all)."""
+
+
 class EvidenceSpec(Spec):
     baselines: Literal["none", "smallest", "all"] = "smallest"
     """Which students are trained again for the same steps with hard labels only, from the same
@@ -169,6 +181,8 @@ class Recipe(Spec):
     """The model that you have."""
     base: BaseSpec | None = None
     """What students are cut from. Left out: the teacher itself."""
+    importance: ImportanceSpec = ImportanceSpec()
+    """What of it students keep."""
     signals: SignalsSpec = SignalsSpec()
     """How what the teacher says is stored, once for all students."""
     distill: DistillSpec

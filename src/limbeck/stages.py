@@ -148,7 +148,8 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
         seed=seed,
     )  # fmt: skip
     batches = list(rows.batches(rows.num_together))
-    scores = importance(model, [a for a in axes if a.proved], batches, progress)
+    proved = [a for a in axes if a.proved]
+    scores = importance(model, proved, batches, progress, recipe.importance)
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")
     rises = [round(v, 6) for v in scores.layers.tolist()]

@@ -315,6 +315,8 @@ class Report(Spec):
     """By the teacher's layer; more is more important."""
     unit_importance: tuple[UnitImportance, ...] = ()
     """Of the axes that can be cut."""
+    importance: dict[Literal["units", "layers"], str] = Field(default_factory=dict)
+    """What these numbers measure."""
     warnings: tuple[str, ...] = ()
     """What a reader must know, in plain sentences."""
 

@@ -211,6 +211,12 @@ def stages_figure(report: Report) -> str:
     return figure(title, about, drawing, stages_table(report))
 
 
+_LAYERS_ABOUT = {
+    "leave-one-out": "By how much the loss rises without the layer.",
+    "block-influence": "How far the layer turns what runs through it.",
+}
+
+
 def importance_figure(report: Report) -> str:
     """How much each of the teacher's layers matters, and who keeps it."""
     rows, cells = [], []
@@ -228,4 +234,5 @@ def importance_figure(report: Report) -> str:
     title = "Importance of the teacher's layers"
     drawing = bars(rows, title=title, axis="importance (more matters more)")
     table = Table(("layer", "importance", "kept by"), tuple(cells))
-    return figure(title, "Pale bars: layers that no student keeps.", drawing, table)
+    about = _LAYERS_ABOUT[report.importance.get("layers", "leave-one-out")]
+    return figure(title, f"{about} Pale bars: layers that no student keeps.", drawing, table)
