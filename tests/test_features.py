@@ -24,7 +24,7 @@ ALL = frozenset({Need.LOGITS, Need.HIDDEN, Need.EMBEDDING})
 
 
 class Rows:
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self):
         return 48

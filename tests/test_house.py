@@ -11,11 +11,12 @@ ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
     {
-        "recipe", "recipe_data", "recipe_task", "recipe_teaching", "types", "progress",
-        "_startup", "cores", "ranks", "losses",
+        "recipe", "recipe_data", "recipe_task", "recipe_teacher", "recipe_teaching", "types",
+        "progress", "_startup", "cores", "ranks", "losses",
     },
     {"recipe_file"},
     {"run"},
+    {"nets"},
     {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},
@@ -28,14 +29,16 @@ LAYERS = (
     {"family", "shared_adamw", "trimming"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
-        "generating", "judging", "judging_language", "runtime", "runtime_worker",
+        "generating", "on_policy", "judging", "judging_language", "answers", "runtime",
+        "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
+    {"chatting"},
     {"lazily"},
     {"members", "sizing"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
-    {"__init__", "cli"},
+    {"__init__", "cli", "cli_chat"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -299,7 +299,10 @@ def test_a_model_that_does_not_take_such_images_is_refused_at_once(pictures, tmp
         ({"data": {"text": "body"}}, "`data.text` has no effect for image-classification"),
         ({"evidence": {"linear": True}}, "`evidence.linear` is a model on words"),
         ({"teacher": {"config": RESNET}}, "`config` alone knows nothing; allowed: add `tune`"),
-        ({"teacher": {"tune": {"epochs": 1, "learning_rate": 0.1}}}, "either `model` or `config`"),
+        (
+            {"teacher": {"tune": {"epochs": 1, "learning_rate": 0.1}}},
+            "either `model`, `config` or `estimator`",
+        ),
         ({"task": {"mean": [0.1, 0.2]}}, "`mean` has 2 values; allowed: 1"),
         ({"task": {"augment": {"views": 4}}}, "`augment` draws nothing"),
         ({"task": {"augment": {"shift": 16}}}, "out of sight"),

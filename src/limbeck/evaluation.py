@@ -22,6 +22,7 @@ from limbeck.models import num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
+from limbeck.tasks.estimators import is_estimator
 from limbeck.tasks.image_classification import Rows as ImageRows
 from limbeck.tasks.images import png, reduced
 from limbeck.tasks.task import Rows, Task, open_task
@@ -38,19 +39,20 @@ prepare_torch()
 
 def measure_artifacts(
     folder: Path, recipe: Recipe, hf: Path, files: Path, data: Path, name: str,
-    progress: Progress, *, primary: str,
+    progress: Progress, *, primary: str, formats: Sequence[str],
 ) -> None:  # fmt: skip
     """Quality, parity, latency, memory of every exported file; answers of the primary one."""
     task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
-    config = task.read_config(hf, where=str(hf))
+    known = not is_estimator(hf)
+    config = task.read_config(hf, where=str(hf)) if known else None
     origin: Asked | None = None  # the model that was exported
     found = []
     wall_ms = {}
     # the model's own folder first: the other files are held against it
-    for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
+    for format in sorted(formats, key=lambda format: format != "hf"):
         path = artifact_path(hf, files, format)
         asked = _ask(task, path, format, test if format == primary else few, progress,
                      f"{name} {format}")  # fmt: skip
@@ -80,18 +82,23 @@ def measure_artifacts(
         else:
             entry["parity"] = task.judge.parity(origin, asked, compared)
         found.append(entry)
-    model = task.load(hf, where=str(hf))
-    summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
+    params = num_parameters(task.load(hf, where=str(hf))) if known else None
+    summary = {"params": params, "artifacts": found, "wall_ms": wall_ms}
     write_json(folder / "measurement.json", summary)
 
 
 def quality_of(
-    folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
-) -> None:
-    """A baseline's quality, of the primary format on all test rows, as for the student itself."""
+    folder: Path, recipe: Recipe, path: Path, data: Path, teacher: _Said, name: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """A baseline's quality, of the primary format on all test rows, as for the student itself; and
+    how far from the teacher it is."""
     task = open_task(recipe, data)
-    asked = _ask(task, path, recipe.export.primary, task.rows("test"), progress, name)
-    write_json(folder / "quality.json", task.judge.quality(asked))
+    rows = task.rows("test")
+    asked = _ask(task, path, recipe.export.primary, rows, progress, name)
+    held = task.judge.compare(_answered(teacher, rows), asked, lambda _: None)
+    quality = {**task.judge.quality(asked), "mean_kl": held["fidelity"]["mean_kl"]}
+    write_json(folder / "quality.json", quality)
 
 
 def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None:
@@ -117,13 +124,7 @@ def compare(
     """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
     task = open_task(recipe, data)
     rows = task.rows("test")
-    mine, theirs = (
-        Asked(
-            path=path, format=format, rows=rows,
-            said={f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))},
-        )
-        for path, format, at in (student, teacher)
-    )  # fmt: skip
+    mine, theirs = _answered(student, rows), _answered(teacher, rows)
     with progress.bar("compare", len(rows), "examples") as bar:
         found = task.judge.compare(theirs, mine, bar.advance)
     if isinstance(rows, ImageRows):
@@ -159,6 +160,13 @@ def _top(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     probs /= probs.sum()
     best = np.argsort(-probs, kind="stable")[:_ANSWERS].tolist()
     return [{"label": labels[i], "probability": float(probs[i])} for i in best]
+
+
+def _answered(said: _Said, rows: Rows) -> Asked:
+    """What a file said when it was measured."""
+    path, format, at = said
+    arrays = {f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))}
+    return Asked(path=path, format=format, rows=rows, said=arrays)
 
 
 def _ask(

@@ -66,6 +66,8 @@ class Member:
 
 
 def artifact_path(hf: Path, files: Path, format: str) -> Path:
+    if format == "skops":
+        return hf / "model.skops"
     return hf if format == "hf" else files / file_of(format)
 
 
@@ -75,6 +77,7 @@ def assemble(
     linear: Made | None,
 ) -> Report:  # fmt: skip
     about, survey = data.json("data.json"), space.json("summary.json")
+    curves = _curves(teacher, family, together)
     return Report(
         limbeck=metadata.version("limbeck"),
         recipe=recipe.model_dump(mode="json"),
@@ -88,17 +91,24 @@ def assemble(
         students=tuple(_student(run, recipe, member) for member in family.values()),
         stages=tuple(Stage.model_validate(vars_of(record)) for record in run.stages),
         linear=_quality(linear),
-        training=_curves(teacher, family, together),
+        training=curves,
         labels=tuple(about["labels"]),
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
         importance=recipe.importance.model_dump(),
         unit_importance=tuple(map(UnitImportance.model_validate, survey["unit_importance"])),
-        warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
+        warnings=(
+            *_warnings(recipe, about, survey, (teacher, *family.values())),
+            *_writing(recipe, curves),
+        ),
     )
 
 
 def _teacher_name(recipe: Recipe) -> str:
+    if (estimator := recipe.teacher.estimator) is not None:
+        if estimator.model is None:
+            return str(estimator.kind).replace("_", " ")
+        return estimator.model.uri.rpartition("/")[2].removesuffix(".skops")
     if recipe.teacher.model is None:
         assert recipe.teacher.config is not None
         return str(recipe.teacher.config["model_type"])
@@ -256,6 +266,20 @@ def _curves(
         if path.exists() and (lines := path.read_text(encoding="utf-8").splitlines()):
             curves[name] = tuple(TrainingPoint.model_validate(json.loads(line)) for line in lines)
     return curves
+
+
+def _writing(recipe: Recipe, curves: Mapping[str, Sequence[TrainingPoint]]) -> list[str]:
+    """How much of a training the student wrote texts to learn from."""
+    found, size = [], recipe.distill.training.batch_size
+    for name, points in curves.items():
+        timed = [p for p in points if p.examples_per_s and p.writing is not None]
+        steps = [b.step - a for a, b in zip([0, *(p.step for p in timed)], timed, strict=False)]
+        seconds = [n * size / (p.examples_per_s or 1) for n, p in zip(steps, timed, strict=True)]
+        spent = sum(s * (p.writing or 0) for s, p in zip(seconds, timed, strict=True))
+        if timed:
+            found.append(f"{name}: writing texts of its own took {spent / sum(seconds):.0%} of its "
+                         "training.")  # fmt: skip
+    return found
 
 
 def _warnings(

@@ -22,22 +22,26 @@ from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
+from limbeck.on_policy import on_policy
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
 from limbeck.run import file_sha256, write_json
+from limbeck.runtime import load_predictor
 from limbeck.signals.capture import capture
 from limbeck.signals.codecs import AnyCodec
 from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
+from limbeck.tasks.estimators import FORMAT, MODEL, is_estimator
 from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
+from limbeck.teachers.blackbox import BlackBox
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Need, Places, Shape
+from limbeck.types import Batch, Need, Places, Shape, Teacher
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -96,7 +100,8 @@ def lesson(
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
     )
-    origins = signal_origins(open_task(recipe, places.data), places.teacher, places.data)
+    task = open_task(recipe, places.data)
+    origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
@@ -110,7 +115,20 @@ def lesson(
         hidden=vectors.get(Need.HIDDEN),
         embedding=vectors.get(Need.EMBEDDING),
     )
-    return {"teacher": source, "objective": objective, "balance": spec.balance}
+    own = None
+    if spec.on_policy is not None:
+        own = on_policy(spec.on_policy, task, live_teacher(places.teacher, task), objective)
+    return {
+        "teacher": source, "objective": objective, "balance": spec.balance, "on_policy": own,
+    }  # fmt: skip
+
+
+def live_teacher(teacher: Path, task: Task) -> Teacher:
+    if is_estimator(teacher):
+        path = teacher / MODEL
+        return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
+    model = task.load(teacher, where="teacher")
+    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
 
 def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:

@@ -66,7 +66,8 @@ class Input:
     dims: tuple[int, ...]  # the largest of each
     free: tuple[str | None, ...]  # names of those that may be smaller; inputs share them by name
     dtype: Literal["int64", "float32"] = "float32"
-    below: int | None = None  # of integers: how many there are; None: all are 1
+    below: int | tuple[int, ...] | None = None
+    """Of integers: how many there are, of each column where they are several; None: all are 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

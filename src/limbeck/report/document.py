@@ -37,6 +37,9 @@ class Quality(Spec):
     perplexity: float | None = Field(None, ge=0)
     """Of a language model: exp of the mean loss of a token, less is better. Comparable between
     models of one tokenizer alone."""
+    mean_kl: float | None = None
+    """Of a baseline: mean of KL(teacher || this) at temperature 1, in nats; the student's own is
+    its `fidelity`."""
 
 
 class Retention(Spec):
@@ -108,8 +111,8 @@ class TeacherEntry(Spec):
 
     name: str = Field(min_length=1)
     """Where it came from, or its short name."""
-    params: int = Field(ge=0)
-    """Parameters, embeddings included."""
+    params: int | None = Field(ge=0)
+    """Parameters, embeddings included; null for an estimator, which has none to count."""
     primary: str
     """The format that budgets and retention speak of."""
     artifacts: tuple[Artifact, ...] = Field(min_length=1)
@@ -213,6 +216,8 @@ class Baselines(Spec):
 class StudentEntry(TeacherEntry):
     """One member of the family."""
 
+    params: int = Field(ge=0)
+    """Parameters, embeddings included."""
     shape: ShapeEntry
     """What was cut."""
     reason: str
@@ -271,7 +276,7 @@ class TrainingPoint(Spec):
     """What the optimizer minimised."""
     terms: dict[str, float] = Field(default_factory=dict)
     """Its parts, weights included: soft (the teacher's soft targets), hard (the hard labels),
-    hidden (states), embedding."""
+    hidden (states), embedding; of a step on the student's own texts on_policy alone."""
     gradients: dict[str, float] = Field(default_factory=dict)
     """Norm of each part's gradient, at a few steps."""
     cosines: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]] = Field(default_factory=dict)
@@ -284,6 +289,8 @@ class TrainingPoint(Spec):
     """Of an elastic run: each size's `validation`."""
     examples_per_s: float | None = None
     """Training speed."""
+    writing: float | None = Field(None, ge=0)
+    """Share of the time since the last point that the student wrote texts to learn from."""
     validation: float | None = None
     """Quality on the validation rows, a fraction."""
 

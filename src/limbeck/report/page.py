@@ -108,7 +108,9 @@ def _sections(report: Report) -> Iterator[str]:
 
 def _lead(report: Report) -> str:
     main = report.teacher.main
-    said = f"Teacher: {report.teacher.name}, {count_text(report.teacher.params)} parameters"
+    said = f"Teacher: {report.teacher.name}"
+    if report.teacher.params is not None:
+        said += f", {count_text(report.teacher.params)} parameters"
     if main.quality:
         said += f", {quality_text(main.quality)} {report.metric}"
         said += f" on {main.quality.n:,} held-out examples"

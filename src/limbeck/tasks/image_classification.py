@@ -173,6 +173,9 @@ class ImageClassification:
         models.label_config(config, self.labels)
         return config
 
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:  # noqa: ARG002 any is fine
+        models.label_config(config, self.labels)
+
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
         config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
         if not any("ImageClassification" in name for name in config.architectures or ()):
