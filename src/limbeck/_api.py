@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 
 def distill(
     recipe: str | Path | Recipe, out: str | Path, *, overrides: Sequence[str] = (),
-    repair: bool = False, progress: Progress | None = None,
+    repair: bool = False, progress: Progress | None = None, teacher: Any = None,
 ) -> Report:  # fmt: skip
     """Distil the recipe's teacher into its family of students, in the folder `out`.
 
     `recipe` is a built-in name, a file, or a Recipe; `overrides` are `a.b=c` as with `--set`.
+    `teacher` is a fitted scikit-learn estimator in place of the recipe's teacher (extra 'tabular').
     Raises LimbeckError subclasses; an unmet budget stands in the report.
     """
     from limbeck import pipeline
 
     loaded, base = _load(recipe, overrides)
+    if teacher is not None:
+        from limbeck.recipe_file import validate
+        from limbeck.tasks.estimators import keep_given
+
+        loaded = validate({**loaded.model_dump(mode="json"), "teacher": keep_given(teacher)})
     return pipeline.distill(loaded, Path(out), base=base, repair=repair, progress=progress)
 
 

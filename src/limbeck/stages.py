@@ -36,7 +36,7 @@ from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import file_sha256, read_json, write_json, write_text
-from limbeck.runtime import load_predictor, time_file
+from limbeck.runtime import time_file
 from limbeck.runtime_worker import random_inputs
 from limbeck.signals import capture as signal_capture
 from limbeck.signals.choose import reason, sizes_of
@@ -46,9 +46,8 @@ from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
 from limbeck.tasks import task as tasks
 from limbeck.tasks.arrays import ArrayClassification
-from limbeck.tasks.estimators import FORMAT, MODEL, is_estimator, make_estimator
+from limbeck.tasks.estimators import black_box, is_estimator, make_estimator
 from limbeck.tasks.task import AllViews, Task, open_task, some
-from limbeck.teachers.blackbox import BlackBox
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.teaching import read_axes, signal_origins, validator
@@ -129,8 +128,7 @@ def capture(
 
 def live_teacher(teacher: Path, task: Task) -> Teacher:
     if is_estimator(teacher):
-        path = teacher / MODEL
-        return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
+        return black_box(teacher)
     model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 

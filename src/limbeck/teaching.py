@@ -229,7 +229,7 @@ def choose_temperature(
     write_json(folder / "temperature.json", found)
 
 
-def loss_and_accuracy(rows: Rows, model: nn.Module) -> tuple[float, float]:
+def loss_and_accuracy(rows: Rows, model: Callable[..., Any]) -> tuple[float, float]:
     """Mean cross-entropy with the labels, nats, and the share of right answers: of what counts."""
 
     @torch.inference_mode()
