@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_to_json, find_axis
 from limbeck.architecture.cut import (
+    all_layers,
     any_layers,
     keep_layers,
     shape_parameters,
@@ -274,7 +275,9 @@ class Planner:
     def layers_of(self, n: int) -> tuple[int, ...]:
         """The n layers that matter most."""
         layers = find_axis(self.axes, "layers")
-        return keep_layers(self.scores, n, layers.pinned) if layers else ()
+        if layers is None or not layers.proved:
+            return all_layers(layers)
+        return keep_layers(self.scores, n, layers.pinned)
 
     def timed(self) -> list[dict[str, Any]]:
         return [
