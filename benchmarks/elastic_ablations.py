@@ -15,9 +15,11 @@ teacher   stored signals alone or with the next larger size as a second teacher,
 labels    the weight of hard labels (6)
 count     2, 3 or 9 sizes; compared are those that the default has too (7)
 loss      other divergences than forward KL (8)
-own       what each size has of its own: norms, all vectors, the classifier (9)
-polish    a part of the cost kept for the smallest or the largest alone, at the end (10)
+first     the largest alone at first, for its share of the cost, then the others in its weights (10)
 average   the mean of the weights over the last steps; weight decay
+
+The default here is every size in its turn from the start, so that one thing changes at a time; the
+pipeline teaches the largest first (`docs/results.md`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from elastic import _RATE, _SHAPES, Setting, accuracy, prepared, rows_of
+from elastic import _DEDICATED_RATE, _RATE, _SHAPES, Setting, accuracy, prepared, rows_of
 from limbeck import cores, elastic
 from limbeck.architecture.cut import sort_units
 from limbeck.architecture.importance import importance
@@ -67,7 +69,7 @@ class Variant:
     names: tuple[str, ...] = tuple(_SHAPES)
     ladder: float = 0.0  # weight of the next larger size's answers in the targets
     average: float = 0.0  # decay of a mean of the weights
-    polish: tuple[str, float, float] | None = None  # size, part of the cost, learning rate
+    first: bool = False  # the largest alone, before the others
 
 
 def variants(setting: Setting, run: Path) -> list[Variant]:
@@ -117,10 +119,9 @@ def variants(setting: Setting, run: Path) -> list[Variant]:
                 names=("a", "ab", "b", "bc", "c", "cd", "d", "de", "e")),
         Variant(group="loss", name="reverse KL", setting=with_loss(divergence="reverse_kl")),
         Variant(group="loss", name="dist", setting=with_loss(divergence="dist")),
-        *(Variant(group="own", name=own, setting=lambda s, own=own: replace(s, own=own))
-          for own in ("norms", "vectors", "head")),
-        Variant(group="polish", name="5 % for the smallest", polish=("e", 0.05, 1e-3)),
-        Variant(group="polish", name="20 % for the largest", polish=("a", 0.2, 2e-4)),
+        Variant(group="first", name="the largest first", first=True,
+                sampling=lambda family, _: Sampling(
+                    shares={n: float(n != "a") for n in family.sizes})),
         Variant(group="average", name="mean of weights, 0.98", average=0.98),
         Variant(group="average", name="mean of weights, 0.99", average=0.99),
         Variant(group="average", name="weight decay 0.1", setting=with_spec(weight_decay=0.1)),
@@ -221,8 +222,7 @@ def trained(
 
     def family() -> Family:
         shapes = {name: setting.shapes[name] for name in variant.names}
-        return Family(setting.config, setting.task.build, setting.axes, shapes, setting.state,
-                      own=setting.own)  # fmt: skip
+        return Family(setting.config, setting.task.build, setting.axes, shapes, setting.state)
 
     costs = {name: seconds.get(name, statistics.mean(seconds.values())) for name in variant.names}
     sampling = variant.sampling(family(), costs)
@@ -232,19 +232,20 @@ def trained(
     with ladder, average:
         pilot = setting.trained(family(), _PILOT, variant.rate, seed, sampling) / _PILOT
         averaged.mean.clear()
-        part = 1 - variant.polish[1] if variant.polish else 1.0
-        made, count = family(), round(part * whole / pilot)
-        taken = setting.trained(made, count, variant.rate, seed, sampling)
+        made, taken, left = family(), 0.0, whole
+        alone = setting.family("a")
+        if variant.first:
+            steps = round(whole / sum(seconds.values()))
+            taken = setting.trained(alone, steps, _DEDICATED_RATE["a"], seed, Sampling())
+            left -= steps * seconds["a"]
+            for name, weight in alone.weights.items():
+                made.weights[name].copy_(weight)
+        count = round(left / pilot)
+        taken += setting.trained(made, count, variant.rate, seed, sampling)
     if variant.average:
         averaged.use(made)
-    if variant.polish:
-        name, part, rate = variant.polish
-        alone = Family.of_one(made.extract(name), name)
-        steps = round(part * whole / (seconds[name]))
-        taken += setting.trained(alone, max(1, steps), rate, seed + 100, Sampling())
-        for own, parameter in made.sizes[name].model.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(alone.weights[own])
+    if variant.first:
+        made.sizes["a"] = alone.sizes["a"]
     return made, count, taken
 
 

@@ -256,8 +256,9 @@ def _curves(
     folders = {"teacher": teacher.model.folder}
     if together is not None:
         folders["family"] = together.folder
+        folders[next(iter(together.json("family.json")))] = together.folder / "largest"
     for name, member in family.items():
-        folders[name] = member.model.folder
+        folders.setdefault(name, member.model.folder)
         for baseline, made in member.baselines.items():
             folders[f"{name}/{baseline}"] = made.folder.parent / "hf"
     curves = {}

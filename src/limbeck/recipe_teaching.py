@@ -329,9 +329,10 @@ class DistillSpec(Spec):
     alone."""
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
-    all; each step teaches one of them, as often as its own `epochs` say, and the smaller are the
-    first units of the larger. `training.learning_rate` is the largest one's; smaller ones get more,
-    if they name none. `limbeck scale` then cuts more of them without training."""
+    all, in which the smaller are the first units of the larger. The largest learns alone first, for
+    its own `epochs`; then each step teaches one of the others, as often as its own say.
+    `training.learning_rate` is the largest one's; smaller ones get more, if they name none.
+    `limbeck scale` then cuts more of them without training."""
     rivals: int = Field(1, ge=1, le=8)
     """elastic: so many shapes for each budget, of unlike depth, are first trained together for a
     tenth of the time; the one with the least loss on the validation rows is taken. 1: the rule
