@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from limbeck.recipe_task import ImageTask
+from limbeck.tasks.image_classification import ImageClassification
+
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 from efficientnet_lite import _URI, converted
@@ -108,6 +111,19 @@ def test_the_gates_stand_open_and_learn_nothing():
     gates = {n: p for n, p in model.named_parameters() if ".squeeze_excite." in n}
     assert len(gates) == 16 * 4
     assert all(p.grad is not None and not p.grad.any() for p in gates.values())
+
+
+def test_a_saved_folder_is_a_teacher_with_a_new_head(tmp_path):
+    made = converted(random_state(7))
+    made.save_pretrained(tmp_path)
+    spec = ImageTask(kind="image-classification", size=64, channels="rgb")
+    task = ImageClassification(("a", "b", "c"), spec, 0)
+    loaded = task.load(tmp_path, where="recipe.teacher.model")
+    with torch.no_grad():
+        images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+        mine, theirs = (m.eval().efficientnet(images).pooler_output for m in (made, loaded))
+        assert torch.equal(mine, theirs)
+        assert loaded(pixel_values=images).logits.shape == (2, 3)
 
 
 @pytest.mark.network
