@@ -12,12 +12,17 @@ the dedicated students again, from random weights. A seed is an order of the row
 Accuracy is that of the fp32 students on `--rows` test rows, all if not given; differences are to
 the dedicated student of the same size and seed.
 
-Settings are chosen with `--split validation --seeds 1`. A quarter of those rows are near copies of
-training rows (they answer in the same threads) while the test rows were written later; so accuracy
-and loss are also given on the `far` half: the rows whose nearest training row, by the cosine of
-TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`, `--rate`,
-`--rates`, `--shares`, `--late`, `--switch`, `--unsorted`, `--hard`; with `--what elastic` the
-family alone is trained, and pilots say what the dedicated ones would cost.
+Any run will do whose teacher is a transformer with twelve heads: `benchmarks/sections.yaml`,
+`vit.yaml`, and with `--measure kl` (to the teacher, thousandths of a nat, less is worse) the
+language model of `decoder.yaml`.
+
+Settings are chosen with `--split validation --far --seeds 1`. A quarter of those rows are near
+copies of training rows (they answer in the same threads) while the test rows were written later;
+so accuracy and loss are also given on the `far` half: the rows whose nearest training row, by the
+cosine of TF-IDF over tokens, is further away than the median. `--first 1 --largest 0` is what the
+pipeline does: the largest alone, for its share of the cost, then the others in its weights. More
+ablations: `--policy`, `--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--unsorted`,
+`--hard`; with `--what elastic` only the family is trained, and pilots say what the others cost.
 """
 
 from __future__ import annotations
@@ -36,27 +41,29 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from limbeck import cores, teaching
-from limbeck.architecture.axes import Axis, axes_from_json, find_axis
-from limbeck.architecture.cut import keep_layers, sort_units
+from limbeck.architecture.axes import Axis, find_axis
+from limbeck.architecture.cut import keep_layers
 from limbeck.architecture.importance import load_importance
 from limbeck.elastic import Sampling
 from limbeck.family import Family
-from limbeck.models import build_classifier
+from limbeck.losses.divergence import forward_kl
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
 from limbeck.stages import places_of
 from limbeck.step import Training
-from limbeck.tasks.task import Rows, open_task
+from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.train import train
 from limbeck.types import Shape
 
-# heads of 12, ffn of 1536, layers of 6: 40, 17, 8, 3 and 1 % of the encoder's weights
+# heads of 12 (hidden alike), ffn of 1536, layers of 6: 40, 17, 8, 3, 1 % of the encoder's weights
 _SHAPES = {
     "a": (8, 1152, 5), "b": (6, 768, 4), "c": (5, 512, 3), "d": (4, 384, 2), "e": (3, 320, 1),
 }  # fmt: skip
+_HEADS, _FFN = 12, 1536
 _DEDICATED_RATE = {"a": 5e-4, "b": 1e-3, "c": 2e-3, "d": 2e-3, "e": 4e-3}
 _WHAT = ["dedicated", "elastic", "random"]
 _PILOT = 64  # steps of the family whose cost says how many steps it may have
@@ -67,6 +74,7 @@ _RATE = 8e-4  # of the family's largest
 class Setting:
     """What all trainings have in common."""
 
+    task: Task
     config: PretrainedConfig
     axes: tuple[Axis, ...]
     state: Mapping[str, torch.Tensor]
@@ -80,11 +88,11 @@ class Setting:
 
     def family(self, names: str) -> Family:
         shapes = {name: self.shapes[name] for name in names}
-        return Family(self.config, build_classifier, self.axes, shapes, self.state)
+        return Family(self.config, self.task.build, self.axes, shapes, self.state)
 
     def from_random_weights(self, seed: int) -> Setting:
         torch.manual_seed(seed)
-        return replace(self, state=build_classifier(self.config).state_dict())
+        return replace(self, state=self.task.build(self.config).state_dict())
 
     def trained(
         self, family: Family, steps: int, rate: float, seed: int, sampling: Sampling
@@ -101,25 +109,22 @@ class Setting:
 
 def prepared(run: Path, *, is_sorted: bool = True, hard: bool = False) -> Setting:
     recipe, _ = load_recipe(run)
-    task = open_task(recipe, run / "data")
-    teacher = task.load(run / "teacher/hf", where="teacher")
-    axes = axes_from_json((run / "architecture/axes.json").read_text(encoding="utf-8"))
-    scores = load_importance(run / "architecture/importance.safetensors")
-    hidden = find_axis(axes, "hidden")
-    assert hidden is not None
-    shapes = {
-        name: Shape(
-            {"hidden": hidden.coupled["heads"] * heads, "heads": heads, "ffn": ffn},
-            keep_layers(scores.layers, layers),
-        )
-        for name, (heads, ffn, layers) in _SHAPES.items()
-    }
-    lesson = teaching.hard_labels() if hard else teaching.lesson(recipe, None, places_of(run))
+    places = places_of(run)
+    task = open_task(recipe, places.data)
+    config, axes, state = teaching.sorted_base(task, places)
+    if not is_sorted:
+        state = dict(task.load(places.base, where="base").state_dict())
+    scores = load_importance(places.space / "importance.safetensors")
+    hidden, ffn = (find_axis(axes, name) for name in ("hidden", "ffn"))
+    assert hidden is not None and ffn is not None
+    shapes = {}
+    for name, (heads, width, layers) in _SHAPES.items():
+        sizes = {"hidden": heads * hidden.size // _HEADS, "heads": heads}
+        sizes["ffn"] = width * ffn.size // _FFN
+        shapes[name] = Shape(sizes, keep_layers(scores.layers, layers))
+    lesson = teaching.hard_labels(recipe) if hard else teaching.lesson(recipe, None, places)
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
-    state = dict(teacher.state_dict())
-    if is_sorted:
-        state = dict(sort_units(state, axes, scores.units))
-    return Setting(teacher.config, axes, state, shapes, lesson, task.rows("train"))
+    return Setting(task, config, axes, state, shapes, lesson, task.rows("train"))
 
 
 def rows_of(run: Path, split: str) -> Rows:
@@ -137,10 +142,9 @@ def accuracy(family: Family, rows: Rows, far: np.ndarray | None = None) -> tuple
     for name, size in family.sizes.items():
         rights, losses = [], []
         for batch in rows.batches(64):
-            logits = size.model(**batch.inputs).logits
-            rights.append(logits.argmax(-1) == batch.labels)
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-            losses.append(loss)
+            logits, labels = size.model(**batch.inputs).logits[batch.mask], batch.labels[batch.mask]
+            rights.append(logits.argmax(-1) == labels)
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
         right, loss = torch.cat(rights).numpy(), torch.cat(losses).numpy()
         found[name] = 100 * float(right.mean())
         if far is not None:
@@ -152,6 +156,21 @@ def accuracy(family: Family, rows: Rows, far: np.ndarray | None = None) -> tuple
         each = "  ".join(f"{right:.1f} {loss:.3f}" for right, loss in of_far)
         said += f"; far {each}  mean {means[0]:.2f} % {means[1]:.3f} nats"
     return found, said
+
+
+@torch.inference_mode()
+def nearness(family: Family, rows: Rows, teacher: nn.Module) -> tuple[Found, str]:
+    """Minus KL(teacher || student) of each size, thousandths of a nat: more is better."""
+    sums, count = dict.fromkeys(family.sizes, 0.0), 0
+    for batch in rows.batches(64):
+        theirs = teacher(**batch.inputs).logits[batch.mask]
+        count += len(theirs)
+        for name, size in family.sizes.items():
+            ours = size.model(**batch.inputs).logits[batch.mask]
+            sums[name] += float(forward_kl(ours, theirs).sum())
+    found = {name: -1000 * total / count for name, total in sums.items()}
+    listed = "  ".join(f"{name} {-value / 1000:.3f}" for name, value in found.items())
+    return found, f"{listed}  mean {-statistics.mean(found.values()) / 1000:.4f} nats"
 
 
 def far_half(rows: Rows, train_rows: Rows) -> np.ndarray:
@@ -187,6 +206,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--dedicated", type=float, nargs=5, metavar="RATE",
                         default=[*_DEDICATED_RATE.values()])  # fmt: skip
+    parser.add_argument("--far", action="store_true", help="also on rows far from training rows")
+    parser.add_argument("--measure", choices=("accuracy", "kl"), default="accuracy")
     parser.add_argument("--what", nargs="+", choices=_WHAT, default=_WHAT)
     parser.add_argument("--policy", choices=("one", "sandwich", "all"), default="one")
     parser.add_argument("--rate", type=float, default=_RATE, help="of the family's largest")
@@ -194,6 +215,10 @@ def main() -> None:
     parser.add_argument("--shares", type=float, default=0.0, metavar="POWER", help="of the cost")
     parser.add_argument("--late", type=float, metavar="POWER", help="shares from --switch on")
     parser.add_argument("--switch", type=float, default=0.7, help="part of the steps")
+    parser.add_argument("--first", type=float, default=0.0, metavar="PART",
+                        help="of its steps: the largest alone, before the family")
+    parser.add_argument("--largest", type=float, default=1.0, metavar="SHARE",
+                        help="how often the largest is drawn, another 1")
     parser.add_argument("--unsorted", action="store_true", help="prefixes of the unsorted teacher")
     parser.add_argument("--hard", action="store_true", help="hard labels alone")
     options = parser.parse_args()
@@ -212,7 +237,14 @@ def compared(options: argparse.Namespace) -> Results:
     names = "".join(setting.shapes)
     rows = rows_of(options.run, options.split)
     rows = rows.sample(options.rows, seed=0)
-    far = far_half(rows, setting.rows) if options.split == "validation" else None
+    far = far_half(rows, setting.rows) if options.far else None
+    teacher = setting.task.load(places_of(options.run).teacher, where="teacher").eval()
+
+    def judged(family: Family) -> tuple[Found, str]:
+        if options.measure == "kl":
+            return nearness(family, rows, teacher)
+        return accuracy(family, rows, far)
+
     steps = round(options.epochs * len(setting.rows) / setting.batch_size)
     rates = dict(zip(names, options.dedicated, strict=True))
     print(f"dedicated students: {steps} steps each; n = {len(rows):,} {options.split} rows")
@@ -224,15 +256,15 @@ def compared(options: argparse.Namespace) -> Results:
         for name in names:
             one = start.family(name)
             seconds[name] = start.trained(one, steps, rates[name], seed, Sampling())
-            found, text = accuracy(one, rows, far)
+            found, text = judged(one)
             alone |= found
             said.append(text)
         results.setdefault(what, []).append(alone)
         mean = statistics.mean(alone.values())
         each = "  ".join(f"{name} {value:.2f}" for name, value in alone.items())
         taken = f"{sum(seconds.values()):.0f} CPU s"
-        print(f"seed {seed}, {what}: {each}  mean {mean:.2f} %; {taken}", flush=True)
-        if far is not None:
+        print(f"seed {seed}, {what}: {each}  mean {mean:.2f}; {taken}", flush=True)
+        if far is not None or options.measure == "kl":
             print("  " + "\n  ".join(said))
         return seconds
 
@@ -242,9 +274,22 @@ def compared(options: argparse.Namespace) -> Results:
         pilot = setting.family(names)
         mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
         for cost in options.cost:
-            family, count = setting.family(names), round(cost * whole / mean)
-            taken = setting.trained(family, count, options.rate, seed, sampling)
-            found, text = accuracy(family, rows, far)
+            family, taken = setting.family(names), 0.0
+            largest = names[0]
+            part, rate = options.first * seconds[largest] / whole, rates[largest]
+            if part:
+                first = round(cost * options.first * steps)
+                alone = setting.family(largest)
+                taken = setting.trained(alone, first, rate, seed, Sampling())
+                for own, weight in alone.weights.items():
+                    family.weights[own].copy_(weight)
+                print(f"first the largest alone, {first} steps, {judged(alone)[1]}", flush=True)
+            count = round(cost * (1 - part) * whole / mean)
+            taken += setting.trained(family, count, options.rate, seed, sampling)
+            if part:
+                print(f"the largest as the family leaves it: {judged(family)[1]}", flush=True)
+                family.sizes[largest] = alone.sizes[largest]
+            found, text = judged(family)
             results.setdefault(f"elastic {cost:g}", []).append(found)
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
                   f"{taken / whole:.2f} of the five", flush=True)  # fmt: skip
@@ -274,8 +319,10 @@ def sampling_of(
     if options.rates is not None:
         most = max(size.work for size in family.sizes.values())
         rates = {n: (most / s.work) ** options.rates for n, s in family.sizes.items()}
+    shares = {n: s**options.shares for n, s in seconds.items()}
+    largest = next(iter(family.sizes))
     return Sampling(
-        policy=options.policy, shares={n: s**options.shares for n, s in seconds.items()},
+        policy=options.policy, shares={**shares, largest: options.largest * shares[largest]},
         late_shares=late, switch=options.switch, rates=rates,
     )  # fmt: skip
 
@@ -289,7 +336,7 @@ def summary(results: Results) -> list[dict[str, Any]]:
         for name in by_seed[0]:
             each = [found[name] for found in by_seed]
             rows.append({
-                "measure": "accuracy", "setting": what, "size": name, "unit": "%",
+                "setting": what, "size": name,
                 "ours": statistics.mean(each), "n": len(each), "by_seed": each,
             })  # fmt: skip
             if alone and what != "dedicated":

@@ -28,7 +28,6 @@ from limbeck.architecture.cut import keep_layers
 from limbeck.architecture.importance import load_importance
 from limbeck.elastic import Sampling
 from limbeck.family import Family
-from limbeck.models import build_classifier
 from limbeck.types import Shape
 
 # (heads, ffn, layers) at the hidden widths of a, b, c and d
@@ -84,7 +83,7 @@ def read_off(
         for heads, ffn, layers in (*numbers, *others)
     }
     all_of = replace(setting, shapes=shapes)
-    family = Family(all_of.config, build_classifier, all_of.axes, shapes, all_of.state)
+    family = Family(all_of.config, all_of.task.build, all_of.axes, shapes, all_of.state)
     names = [*shapes]
     first = names[: len(numbers)]
     sampling = Sampling(shares=dict.fromkeys(first, 1.0))

@@ -29,12 +29,12 @@ import torch
 from torch import nn
 
 from limbeck.causal import build_causal, load_causal, save_causal, unpack_gguf
+from limbeck.debian import fetch_lists, read_descriptions, write_descriptions
 from limbeck.export.gguf import GGUFKind, write_gguf
 from limbeck.measure_language import score_documents
 from limbeck.models import load_tokenizer
 from limbeck.recipe import Source
 from limbeck.sources import fetch
-from limbeck.debian import fetch_lists, read_descriptions, write_descriptions
 from limbeck.tasks.language_modeling import CausalData, LanguageModeling, prepare
 from limbeck.tasks.records import Columns
 from limbeck.trimming import choose_tokens, count_tokens, trim_model, trim_tokenizer

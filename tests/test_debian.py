@@ -33,7 +33,14 @@ Description-en: the same again
 Package: bare
 Description-en: nothing more is said
 """
-PACKAGES = "Package: liba-dev\nSource: a (1.0)\n\nPackage: liba1\nSource: a\n"
+PACKAGES = """\
+Package: liba-dev
+Source: a (1.0)
+Section: contrib/libdevel
+
+Package: liba1
+Source: a
+"""
 
 
 @pytest.fixture
@@ -52,12 +59,15 @@ def test_paragraphs_lists_and_sources(found, tmp_path):
     assert found[1].text == "The library does one thing, for users."
     alone = read_descriptions(tmp_path / "T", where="x")
     assert [d.source for d in alone] == ["liba-dev", "liba1"]
+    assert [d.section for d in found] == ["libdevel", "unknown"]
+    assert [d.section for d in alone] == ["unknown", "unknown"]
 
 
 def test_they_are_written_as_rows(found, tmp_path):
     write_descriptions(found, tmp_path / "rows.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["package", "source", "synopsis", "text"]] * 2
+    columns = ["package", "section", "source", "synopsis", "text"]
+    assert [sorted(row) for row in rows] == [columns] * 2
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

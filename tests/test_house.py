@@ -29,14 +29,16 @@ LAYERS = (
     {"family", "shared_adamw", "trimming"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
-        "generating", "judging", "judging_language", "runtime", "runtime_worker",
+        "generating", "on_policy", "judging", "judging_language", "answers", "runtime",
+        "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
+    {"chatting"},
     {"lazily"},
     {"members", "sizing"},
     {"pipeline", "planning", "checkup", "keeping", "anatomy"},
     {"_api"},
-    {"__init__", "cli"},
+    {"__init__", "cli", "cli_chat"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

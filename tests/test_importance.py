@@ -1,13 +1,21 @@
 """Importance: Taylor against slow finite differences, planted units, layers, and its file."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from limbeck.architecture.axes import find_axis
 from limbeck.architecture.cut import build_student, full_shape, keep_layers, sort_units
 from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.resuming import Layers
+from limbeck.errors import RecipeError
 from limbeck.progress import Silent
+from limbeck.recipe import ImportanceSpec
 from limbeck.types import Batch, Shape
 from tiny_models import bert_axes, bert_config, build, logits, random_model
 
@@ -147,6 +155,59 @@ def test_layers_are_scored_by_the_loss_without_them(teacher):
             assert found.layers[dropped].item() == pytest.approx(rise, rel=1e-3, abs=1e-5)
 
 
+class _Layer(nn.Module):
+    """Adds to what it is given; `beside` is told too, where there is one."""
+
+    def __init__(self, beside: list | None) -> None:
+        super().__init__()
+        self.linear, self.beside, self.runs = nn.Linear(4, 4), beside, 0
+
+    def forward(self, x):
+        self.runs += 1
+        found = self.linear(x).tanh()
+        if self.beside is not None:
+            self.beside.append(found)
+            found = sum(self.beside)
+        return x + found
+
+
+class _Stack(nn.Module):
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.beside = [] if shared else None
+        self.layers = nn.ModuleList(_Layer(self.beside) for _ in range(5))
+
+    def forward(self, x):
+        if self.beside is not None:
+            self.beside.clear()
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("shared", "runs"), [(False, 5 + 3 + (5 + 4 + 3 + 2 + 1)), (True, 5 + 3 + 25)]
+)
+def test_layers_before_a_skipped_one_are_not_run_again_unless_they_do_more(shared, runs):
+    model = _Stack(shared)
+    x = torch.randn(6, 4)
+    batch = Batch(inputs={"x": x}, labels=torch.zeros(6), mask=torch.ones(6), example_ids=x)
+
+    def loss(batch):
+        return model(**batch.inputs).square().mean()
+
+    layers = Layers(model, [f"layers.{i}" for i in range(5)])
+    with layers.open():
+        found = layers.rises(loss, batch)
+    assert sum(layer.runs for layer in model.layers) == runs
+    with torch.no_grad():
+        plain = loss(batch)
+        for at in range(5):
+            with skipped(model, f"layers.{at}"):
+                assert found[at] == pytest.approx(float(loss(batch) - plain), abs=1e-6)
+
+
 def test_a_layer_that_does_nothing_is_dropped_first():
     model = random_model(bert_config())
     block = model.bert.encoder.layer[1]
@@ -190,3 +251,57 @@ def test_saved_and_loaded_is_the_same(teacher, tmp_path):
     assert found.units.keys() == again.units.keys()
     assert all(torch.equal(found.units[name], again.units[name]) for name in found.units)
     assert torch.equal(found.layers, again.layers)
+
+
+def test_magnitude_is_the_square_of_a_units_weights(teacher):
+    found = importance(teacher, axes(), batches(1), Silent(), ImportanceSpec(units="magnitude"))
+    layer = teacher.bert.encoder.layer[1]
+    fed = [layer.intermediate.dense.weight, layer.intermediate.dense.bias[:, None]]
+    expected = sum(w.square().sum(1) for w in [*fed, layer.output.dense.weight.T])
+    torch.testing.assert_close(found.units["ffn.1"], expected.detach())
+
+
+def test_activation_is_what_a_unit_hands_on(teacher):
+    found = importance(teacher, axes(), batches(2), Silent(), ImportanceSpec(units="activation"))
+    layer, seen = teacher.bert.encoder.layer[1], {"ffn": [], "heads": []}
+    hooks = [
+        layer.output.dense.register_forward_pre_hook(lambda _, a: seen["ffn"].append(a[0])),
+        layer.attention.output.dense.register_forward_pre_hook(
+            lambda _, a: seen["heads"].append(a[0])
+        ),
+    ]
+    with torch.no_grad():
+        for batch in batches(2):
+            teacher(**batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    ffn = torch.stack(seen["ffn"]).abs().mean((0, 1, 2))
+    torch.testing.assert_close(found.units["ffn.1"], ffn)
+    heads = torch.stack(seen["heads"]).abs().mean((0, 1, 2)).view(4, 8).sum(1)
+    torch.testing.assert_close(found.units["heads.1"], heads)
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_activation_of_what_no_matrix_reads_is_refused(teacher):
+    bias = find_axis(axes(), "ffn")
+    groups = tuple(
+        replace(g, members=tuple(m for m in g.members if m.dim == 0)) for g in bias.groups
+    )
+    spec = ImportanceSpec(units="activation")
+    with pytest.raises(RecipeError, match="no matrix reads the units of axis ffn"):
+        importance(teacher, [replace(bias, groups=groups)], batches(1), Silent(), spec)
+
+
+def test_block_influence_is_how_far_a_layer_turns_what_it_takes(teacher):
+    spec = ImportanceSpec(layers="block-influence")
+    given = batches(2)
+    found = importance(teacher, axes(), given, Silent(), spec)
+    with torch.no_grad():
+        each = []
+        for batch in given:
+            states = teacher(**batch.inputs, output_hidden_states=True).hidden_states
+            each.append([
+                1 - torch.cosine_similarity(a, b, dim=-1).mean()
+                for a, b in itertools.pairwise(states)
+            ])  # fmt: skip
+    torch.testing.assert_close(found.layers, torch.tensor(each).mean(0))

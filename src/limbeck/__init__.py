@@ -9,6 +9,7 @@ so is `signals`; theirs are `load_report`, `list_recipes`, `describe_signals` an
 
 from limbeck import _startup  # noqa: F401  before torch is imported
 from limbeck._api import (
+    chat_with,
     describe_signals,
     distill,
     doctor,
@@ -26,6 +27,7 @@ from limbeck.errors import LimbeckError
 
 __all__ = [
     "LimbeckError",
+    "chat_with",
     "describe_signals",
     "distill",
     "doctor",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.architecture.axes import Axis
+    from limbeck.chatting import Chat
     from limbeck.progress import Progress
     from limbeck.recipe import Recipe
     from limbeck.report import Report
@@ -118,6 +119,22 @@ def write_with(
     from limbeck import trying
 
     return trying.write(Path(student), prompt, max_new_tokens)
+
+
+def chat_with(
+    student: str | Path, *, system: str | None = None, max_new_tokens: int = 256,
+    sampling_temperature: float = 0.0, seed: int = 0,
+) -> Chat:  # fmt: skip
+    """A conversation with an exported language model: `chat.say(text)` streams an answer.
+
+    Temperature 0 is the likeliest token each time. Raises SourceError, DataError."""
+    from limbeck import chatting
+    from limbeck.generating import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, sampling_temperature=sampling_temperature, seed=seed
+    )
+    return chatting.Chat.of(Path(student), sampling, system)
 
 
 def describe_signals(folder: str | Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from limbeck import cli_chat
 from limbeck.errors import LimbeckError, TargetMissedError
 
 _EPILOG = """\
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "student", type=Path, help="RUN/students/NAME, an .onnx or .gguf file or an hf folder"
     )
     tried.add_argument("what", help="a text, the beginning of one, or the path of an image")
+    cli_chat.options(verb("chat", cli_chat.chat, "talk with a student that was made for it"))
     kept = verb("signals", _signals, "say what captured signals hold, check them, or tidy up")
     kept.add_argument(
         "what", choices=["info", "verify", "prune"],

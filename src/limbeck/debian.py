@@ -19,11 +19,14 @@ from pathlib import Path
 from limbeck.errors import DataError, SourceError
 from limbeck.run import write_text
 
+_NO_SECTION = "unknown"
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
     package: str
     source: str
+    section: str  # of the archive: 'science', 'libs'; 'unknown' as dpkg says where none is given
     synopsis: str  # one line
     text: str  # paragraphs, each on one line or as a list; an empty line between them
 
@@ -32,8 +35,8 @@ def read_descriptions(
     translation: Path, packages: Path | None = None, *, where: str
 ) -> list[Description]:
     """Each text once, in the file's order; a package that `packages` does not name is its own
-    source. Raises DataError for a file of another kind."""
-    sources = _sources(packages) if packages else {}
+    source, its section unknown. Raises DataError for a file of another kind."""
+    origins = _origins(packages) if packages else {}
     found: list[Description] = []
     seen: set[str] = set()
     for stanza in _stanzas(translation, where):
@@ -45,7 +48,8 @@ def read_descriptions(
         if not text or text in seen:
             continue
         seen.add(text)
-        found.append(Description(package, sources.get(package, package), synopsis.strip(), text))
+        source, section = origins.get(package, (package, _NO_SECTION))
+        found.append(Description(package, source, section, synopsis.strip(), text))
     if not found:
         raise DataError(
             where, f"{translation.name} describes no package",
@@ -55,8 +59,8 @@ def read_descriptions(
 
 
 def write_descriptions(descriptions: list[Description], path: Path) -> None:
-    """As JSON lines with package, source, synopsis and text: `group: source` keeps siblings in one
-    split."""
+    """As JSON lines with package, source, section, synopsis and text: `group: source` keeps
+    siblings in one split."""
     lines = [json.dumps(asdict(found), ensure_ascii=False) for found in descriptions]
     write_text(path, "\n".join(lines) + "\n")
 
@@ -121,12 +125,14 @@ def _mirror(where: str) -> list[str]:
     )  # fmt: skip
 
 
-def _sources(packages: Path) -> dict[str, str]:
+def _origins(packages: Path) -> dict[str, tuple[str, str]]:
+    """Package -> (source, section)."""
     found = {}
     for stanza in _stanzas(packages, str(packages)):
         package = stanza.get("Package", "")
         # "Source: name (version)", where it is not the package's own
-        found[package] = stanza.get("Source", package).partition(" ")[0]
+        source = stanza.get("Source", package).partition(" ")[0]
+        found[package] = source, stanza.get("Section", _NO_SECTION).rpartition("/")[2]
     return found
 
 

@@ -7,6 +7,7 @@ what one size learns the others have. A dedicated student is a family of one.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class Family:
         self.weights: dict[str, Tensor] = {}
         self.tables: set[str] = set()  # weights whose gradient comes by rows
         self.sizes: dict[str, Size] = {}
+        self.apart: dict[str, Family] = {}
         for size, shape in shapes.items():
             model = build_student(config, build, axes, shape, state)  # buffers stay its own
             places = {}
@@ -129,7 +131,7 @@ class Family:
         """A model as it is: its own parameters are the weights. Any `nn.Module`."""
         family = cls.__new__(cls)
         family.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        family.tables = set()
+        family.tables, family.apart = set(), {}
         places = {n: Place(n, (_everything(w),)) for n, w in family.weights.items()}
         family.sizes = {name: Size(name, Shape({}, ()), model, places)}
         return family
@@ -212,8 +214,22 @@ class Family:
             settle(model)
         return model
 
+    def alone(self, size: str) -> Family:
+        """A family of this size only, which starts from copies of the weights. Put into `apart`, it
+        is what `extract` takes the size from, whatever the shared weights become."""
+        member = self.sizes[size]
+        used = {place.shared for place in member.places.values()}
+        other = copy.copy(self)
+        other.weights = {name: w.clone() for name, w in self.weights.items() if name in used}
+        other.tables, other.apart = set(), {}
+        other.sizes = {size: replace(member, model=self.extract(size))}
+        other._adopt(other.sizes[size])
+        return other
+
     def extract(self, size: str) -> nn.Module:
         """A plain model of its own, with copies of its weights, in eval mode."""
+        if size in self.apart:
+            return self.apart[size].extract(size)
         member = self.sizes[size]
         member.refresh(self.weights)
         with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no luck

@@ -21,6 +21,7 @@ from limbeck.report import (
     Environment,
     Fidelity,
     FrontierPoint,
+    Parting,
     Quality,
     Report,
     Retention,
@@ -76,6 +77,7 @@ def assemble(
     linear: Made | None,
 ) -> Report:  # fmt: skip
     about, survey = data.json("data.json"), space.json("summary.json")
+    curves = _curves(teacher, family, together)
     return Report(
         limbeck=metadata.version("limbeck"),
         recipe=recipe.model_dump(mode="json"),
@@ -89,12 +91,16 @@ def assemble(
         students=tuple(_student(run, recipe, member) for member in family.values()),
         stages=tuple(Stage.model_validate(vars_of(record)) for record in run.stages),
         linear=_quality(linear),
-        training=_curves(teacher, family, together),
+        training=curves,
         labels=tuple(about["labels"]),
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
+        importance=recipe.importance.model_dump(),
         unit_importance=tuple(map(UnitImportance.model_validate, survey["unit_importance"])),
-        warnings=_warnings(recipe, about, survey, (teacher, *family.values())),
+        warnings=(
+            *_warnings(recipe, about, survey, (teacher, *family.values())),
+            *_writing(recipe, curves),
+        ),
     )
 
 
@@ -167,6 +173,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         else None,
         fidelity=Fidelity.model_validate(compared["fidelity"]),
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
+        partings=tuple(Parting.model_validate(one) for one in compared.get("partings", ())),
         trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )
@@ -249,8 +256,9 @@ def _curves(
     folders = {"teacher": teacher.model.folder}
     if together is not None:
         folders["family"] = together.folder
+        folders[next(iter(together.json("family.json")))] = together.folder / "largest"
     for name, member in family.items():
-        folders[name] = member.model.folder
+        folders.setdefault(name, member.model.folder)
         for baseline, made in member.baselines.items():
             folders[f"{name}/{baseline}"] = made.folder.parent / "hf"
     curves = {}
@@ -259,6 +267,20 @@ def _curves(
         if path.exists() and (lines := path.read_text(encoding="utf-8").splitlines()):
             curves[name] = tuple(TrainingPoint.model_validate(json.loads(line)) for line in lines)
     return curves
+
+
+def _writing(recipe: Recipe, curves: Mapping[str, Sequence[TrainingPoint]]) -> list[str]:
+    """How much of a training the student wrote texts to learn from."""
+    found, size = [], recipe.distill.training.batch_size
+    for name, points in curves.items():
+        timed = [p for p in points if p.examples_per_s and p.writing is not None]
+        steps = [b.step - a for a, b in zip([0, *(p.step for p in timed)], timed, strict=False)]
+        seconds = [n * size / (p.examples_per_s or 1) for n, p in zip(steps, timed, strict=True)]
+        spent = sum(s * (p.writing or 0) for s, p in zip(seconds, timed, strict=True))
+        if timed:
+            found.append(f"{name}: writing texts of its own took {spent / sum(seconds):.0%} of its "
+                         "training.")  # fmt: skip
+    return found
 
 
 def _warnings(

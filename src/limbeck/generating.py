@@ -9,7 +9,7 @@ turns a draw).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,26 +46,37 @@ class Completions:
     ended: np.ndarray  # (N,) bool: an end token was reached
 
     def batch(self, positions: Sequence[int], *, pad_id: int, numbers: Sequence[int]) -> Batch:
-        """Prompt and completion, padded on the right; the completion alone counts. (B, T).
-
-        As `tasks.causal_rows.Rows.batch`; `numbers` are the prompts' ids.
-        """
-        whole = [np.concatenate([self.prompts[i], self.tokens[i]]) for i in positions]
-        shape = (len(whole), max(map(len, whole)))
-        ids = torch.full(shape, pad_id, dtype=torch.long)
-        labels = torch.full(shape, pad_id, dtype=torch.long)
-        held = torch.zeros(shape, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for row, (i, tokens) in enumerate(zip(positions, whole, strict=True)):
-            length = len(tokens)
-            ids[row, :length] = torch.from_numpy(tokens.astype(np.int64))
-            labels[row, : length - 1] = ids[row, 1:length]
-            held[row, :length] = 1
-            mask[row, len(self.prompts[i]) - 1 : length - 1] = True
-        return Batch(
-            inputs={"input_ids": ids, "attention_mask": held}, labels=labels, mask=mask,
-            example_ids=torch.tensor([numbers[i] for i in positions]),
+        """As `completion_batch`; `numbers` are the prompts' ids."""
+        return completion_batch(
+            [self.prompts[i] for i in positions], [self.tokens[i] for i in positions],
+            pad_id=pad_id, numbers=[numbers[i] for i in positions],
         )  # fmt: skip
+
+
+def completion_batch(
+    prompts: Sequence[np.ndarray], tokens: Sequence[np.ndarray], *, pad_id: int,
+    numbers: Sequence[int],
+) -> Batch:  # fmt: skip
+    """Prompt and completion, padded on the right; the completion alone counts. (B, T).
+
+    As `tasks.causal_rows.Rows.batch`; `numbers` are the rows' ids.
+    """
+    whole = [np.concatenate(pair) for pair in zip(prompts, tokens, strict=True)]
+    shape = (len(whole), max(map(len, whole)))
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    labels = torch.full(shape, pad_id, dtype=torch.long)
+    held = torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (prompt, said) in enumerate(zip(prompts, whole, strict=True)):
+        length = len(said)
+        ids[row, :length] = torch.from_numpy(said.astype(np.int64))
+        labels[row, : length - 1] = ids[row, 1:length]
+        held[row, :length] = 1
+        mask[row, len(prompt) - 1 : length - 1] = True
+    return Batch(
+        inputs={"input_ids": ids, "attention_mask": held}, labels=labels, mask=mask,
+        example_ids=torch.tensor(numbers),
+    )  # fmt: skip
 
 
 def end_ids(model: Any) -> tuple[int, ...]:
@@ -112,18 +123,20 @@ def generate(
 
 def stream(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int],
-    sampling: Sampling, *, ends: Sequence[int],
-) -> Iterator[str]:  # fmt: skip
-    """The completion's text as it is written, special tokens left out; no piece is empty.
+    sampling: Sampling, *, ends: Collection[int],
+) -> Generator[str, None, bool]:  # fmt: skip
+    """The completion's text as it is written, special tokens left out; no piece is empty. Returned
+    is whether it came to its end.
 
     Raises DataError as `generate` does.
     """
     asked = np.asarray(prompt, np.int64)
     _check_length(model, asked, sampling, "prompt")
     said: list[int] = []
-    shown = ""
-    for (token,), _ in _steps(model, [asked], sampling, [0], ends):
+    shown, ended = "", False
+    for (token,), _ in _steps(model, [asked], sampling, [0], [*ends]):
         if token in ends:
+            ended = True
             break
         said.append(int(token))
         text: Any = tokenizer.decode(said, skip_special_tokens=True)
@@ -133,6 +146,7 @@ def stream(
     text = tokenizer.decode(said, skip_special_tokens=True)
     if len(text) > len(shown):
         yield text[len(shown) :]
+    return ended
 
 
 def _check_length(model: Any, prompt: np.ndarray, sampling: Sampling, where: str) -> None:

@@ -86,18 +86,23 @@ def score_documents(
         labels = batch.labels[batch.mask]
         logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
         theirs = teacher(**batch.inputs).logits[batch.mask] if teacher is not None else None
-        found = token_scores(logits, labels, theirs, shared_ids=shared_ids)
-        parts.append((documents, *(column.double().cpu() for column in found)))
+        parts.append((documents, *token_scores(logits, labels, theirs, shared_ids=shared_ids)))
         if told is not None:
             told(len(at))
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    named, place, counts = np.unique(columns[0], return_inverse=True, return_counts=True)
-    sums = [np.bincount(place, weights=column, minlength=len(named)) for column in columns[1:]]
+    return summed(parts)
+
+
+def summed(parts: Sequence[tuple[Tensor, ...]]) -> DocumentScores:
+    """Of positions, in parts: the number of each one's document, and its `token_scores`."""
+    columns = [torch.cat([c.double().cpu() for c in part]) for part in zip(*parts, strict=True)]
+    arrays = [column.numpy() for column in columns]
+    named, place, counts = np.unique(arrays[0], return_inverse=True, return_counts=True)
+    sums = [np.bincount(place, weights=column, minlength=len(named)) for column in arrays[1:]]
+    kl, same = (sums[2], sums[3].astype(np.int64)) if len(sums) > 2 else (None, None)
     return DocumentScores(
-        documents=named, num_tokens=counts, nll=sums[0], right=sums[1].astype(np.int64),
-        kl=sums[2] if teacher is not None else None,
-        same=sums[3].astype(np.int64) if teacher is not None else None,
-    )  # fmt: skip
+        documents=named.astype(np.int64), num_tokens=counts, nll=sums[0],
+        right=sums[1].astype(np.int64), kl=kl, same=same,
+    )
 
 
 def token_scores(

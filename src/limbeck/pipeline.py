@@ -29,7 +29,7 @@ from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
 from limbeck.sources import fetch
 
-_SURVEY = 2  # the format of what the stage `architecture` leaves
+_SURVEY = 4  # the format of what the stage `architecture` leaves
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,13 @@ class _Still:
         )  # fmt: skip
 
     def space(self, base: Made, data: Made) -> Made:
+        recipe = self.recipe
         return self.run.stage(
-            "architecture", [_SURVEY, base.digest, data.digest, self.recipe.seed],
+            "architecture",
+            [_SURVEY, base.digest, data.digest, recipe.seed, recipe.importance,
+             recipe.distill.training.precision],
             lambda at: stages.survey(
-                at, self.recipe, base.folder, data.folder, self.progress
+                at, recipe, base.folder, data.folder, self.progress
             ),
         )  # fmt: skip
 
@@ -308,7 +311,7 @@ class _Still:
     ) -> Member:  # fmt: skip
         recipe, top, plan = self.recipe, f"students/{student.name}", plans[student.name]
         taught = Taught(
-            self.run, recipe, self.progress, student, plan, ground, features
+            self.run, recipe, self.progress, student, plan, ground, features, original
         )
         tried = taught.tried() if together is None else None
         if together is None:

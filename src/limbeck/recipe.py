@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
 from limbeck.recipe_data import DataSpec, Source
-from limbeck.recipe_task import TaskSpec, task_of
+from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teacher import EstimatorSpec
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
@@ -112,10 +112,24 @@ class StudentSpec(Spec):
     (`limbeck scale` adds such students)."""
 
 
+class ImportanceSpec(Spec):
+    """What students keep first: the units and layers that matter most on training rows."""
+
+    units: Literal["taylor", "activation", "magnitude"] = "taylor"
+    """`taylor`: how much the loss would change without the unit, to first order (three passes over
+    some rows); `activation`: how large what it gives is (one); `magnitude`: how large its weights
+    are (none)."""
+    layers: Literal["leave-one-out", "block-influence"] = "leave-one-out"
+    """`leave-one-out`: how much the loss rises when the layer is skipped (one pass for each layer);
+    `block-influence`: how far the layer turns what runs through it (one for all)."""
+
+
 class EvidenceSpec(Spec):
     baselines: Literal["none", "smallest", "all"] = "smallest"
     """Which students are trained again for the same steps with hard labels only, from the same
     start and from random weights."""
+    random_init: bool = True
+    """Of those the ones from random weights too, which cost as much as all others."""
     dedicated: tuple[Name, ...] = ()
     """Of an elastic run: these students also alone, from the same start, with the same loss and as
     many steps as the run spent on them."""
@@ -174,6 +188,8 @@ class Recipe(Spec):
     """The model that you have."""
     base: BaseSpec | None = None
     """What students are cut from. Left out: the teacher itself."""
+    importance: ImportanceSpec = ImportanceSpec()
+    """What of it students keep."""
     signals: SignalsSpec = SignalsSpec()
     """How what the teacher says is stored, once for all students."""
     distill: DistillSpec
@@ -222,6 +238,16 @@ class Recipe(Spec):
         terms = [distill.hard_weight, distill.hidden, distill.embedding]
         if distill.balance != "fixed" and not any(terms):
             raise ValueError("`distill.balance` has no effect with one term: fixed, or hard_weight")
+        if distill.on_policy is not None:
+            if distill.balance != "fixed":
+                raise ValueError(f"`distill.balance` {distill.balance} weighs the terms of a step, "
+                                 "and on-policy steps have one: fixed")  # fmt: skip
+            if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
+                raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
+                                 "label: a `divergence` of its own")  # fmt: skip
+        if distill.training.label_smoothing and not distill.hard_weight:
+            raise ValueError("`distill.training.label_smoothing` has no effect without hard "
+                             "labels: `distill.hard_weight` above 0")  # fmt: skip
         self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
@@ -240,6 +266,9 @@ class Recipe(Spec):
                              f"{', '.join(task.formats)}")  # fmt: skip
         if not task.has_labels and self.evidence.linear:
             raise ValueError("`evidence.linear` is a model for labels, and there are none: null")
+        if task.has_labels and self.distill.on_policy is not None:
+            raise ValueError(f"`distill.on_policy` is for models that write, not for {task.kind}: "
+                             "null")  # fmt: skip
         if task.has_labels and self.teacher.trim_vocabulary:
             raise ValueError(f"`teacher.trim_vocabulary` has no effect for {task.kind}: "
                              "leave it out")  # fmt: skip
@@ -250,8 +279,12 @@ class Recipe(Spec):
             return self
         if self.evidence.linear:
             raise ValueError(f"`evidence.linear` is a model on words; {task.kind} has none: null")
+        mixup = isinstance(task, ImageTask) and task.augment is not None and task.augment.mixup
+        if mixup and self.distill.divergence.kind == "dkd":
+            raise ValueError("`distill.divergence: dkd` parts one label from all else, and with "
+                             "`augment.mixup` there are two: another divergence")  # fmt: skip
         for name in ("hidden", "embedding"):
-            if getattr(self.distill, name) is not None:
+            if getattr(self.distill, name) is not None and not isinstance(task, ImageTask):
                 raise ValueError(f"`distill.{name}` is for tokens, and {task.kind} has none: null")
         return self
 

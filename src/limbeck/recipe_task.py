@@ -56,14 +56,17 @@ class AugmentSpec(Spec):
     """Mirror left and right, half of the time."""
     shift: int = Field(0, ge=0, le=512)
     """Move by up to this many pixels each way; what comes in is black."""
+    mixup: float | None = Field(None, gt=0, le=10)
+    """Mix each view but the first with another training image, whose share is drawn from
+    Beta(mixup, mixup), at most a half; the labels count by their shares."""
     views: int = Field(8, ge=2, le=256)
     """Of each image; the first is the image as it is. Each epoch takes the next, and after the
     last the first again. The teacher is asked about each once: signals take this times the room."""
 
     @model_validator(mode="after")
     def _draws_something(self) -> Self:
-        if not self.flip and not self.shift:
-            raise ValueError("`augment` draws nothing: `flip`, `shift` or both; or leave it out")
+        if not self.flip and not self.shift and self.mixup is None:
+            raise ValueError("`augment` draws nothing: `flip`, `shift`, `mixup`; or leave it out")
         return self
 
 

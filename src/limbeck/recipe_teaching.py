@@ -54,6 +54,8 @@ class TrainingSpec(Spec):
     """Each layer further from the output learns this much slower; 1 is no difference."""
     head_factor: float = Field(1.0, gt=0, le=100)
     """What stands behind the last layer learns this much faster."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This share of each hard label is spread over all classes."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
     micro_batch: int | None = Field(None, ge=1)
@@ -217,8 +219,8 @@ Layer = int | Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 
 
 class HiddenSpec(Spec):
-    """Hidden states of student and teacher, token by token. Projectors are trained with the student
-    and not saved in it."""
+    """Hidden states of student and teacher, token by token; of images in each quarter. Projectors
+    are trained with the student and not saved in it."""
 
     loss: Literal["mse", "cosine", "relation", "cka"] = "cosine"
     """`mse` and `cosine` behind a projector where the widths differ; `relation`: MiniLM's, between
@@ -272,6 +274,41 @@ class EmbeddingSpec(Spec):
         return self.model_dump(include={"temperature"}, exclude_none=True)
 
 
+class OnPolicySpec(Spec):
+    """language-modeling: some steps are on texts that the student writes itself, from the training
+    rows' prompts, and the teacher scores token by token (GKD). The divergence alone counts there,
+    not what is said of hard labels, hidden states and embeddings."""
+
+    share: float = Field(0.25, gt=0, le=1)
+    """Of the optimizer steps, those behind `after`."""
+    after: float = Field(0.0, ge=0, lt=1)
+    """None before this share of the training is done: an untaught student writes nonsense."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Of a text, if it does not come to its end before."""
+    prompt_tokens: int = Field(16, ge=1)
+    """Where all of a document counts: so many of its first tokens are the prompt. Elsewhere it is
+    what stands before an answer."""
+    sampling_temperature: float = Field(1.0, ge=0, le=100)
+    """Of the draws; 0 is the likeliest token each time."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the fewest tokens whose probabilities reach this sum."""
+    batches: int = Field(4, ge=1)
+    """Texts are written for so many steps at a time: more are faster, and older when learnt."""
+    reuse: int = Field(4, ge=1)
+    """Steps in which a text is learnt from: writing takes longer than learning."""
+    divergence: DivergenceSpec | None = None
+    """Instead of `distill.divergence`; the live teacher serves any but dkd."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.sampling_temperature == 0 and self.top_p < 1:
+            raise ValueError("`top_p` has no effect where nothing is drawn: leave it out")
+        if self.divergence is not None and self.divergence.kind == "dkd":
+            raise ValueError("`divergence` dkd is about the label, and these texts have none: "
+                             "another one")  # fmt: skip
+        return self
+
+
 class DistillSpec(Spec):
     temperature: TemperatureSpec = TemperatureSpec(fixed=2.0)
     """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
@@ -287,11 +324,15 @@ class DistillSpec(Spec):
     """Also learn from the teacher's hidden states."""
     embedding: EmbeddingSpec | None = None
     """Also learn from the teacher's embedding of an example."""
+    on_policy: OnPolicySpec | None = None
+    """Also learn from the teacher's view of the student's own texts. Default: from stored signals
+    alone."""
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
-    all; each step teaches one of them, as often as its own `epochs` say, and the smaller are the
-    first units of the larger. `training.learning_rate` is the largest one's; smaller ones get more,
-    if they name none. `limbeck scale` then cuts more of them without training."""
+    all, in which the smaller are the first units of the larger. The largest learns alone first, for
+    its own `epochs`; then each step teaches one of the others, as often as its own say.
+    `training.learning_rate` is the largest one's; smaller ones get more, if they name none.
+    `limbeck scale` then cuts more of them without training."""
     rivals: int = Field(1, ge=1, le=8)
     """elastic: so many shapes for each budget, of unlike depth, are first trained together for a
     tenth of the time; the one with the least loss on the validation rows is taken. 1: the rule

@@ -1,9 +1,9 @@
 """Load an exported model and call it; as a script, time it in a process that holds nothing else.
 
 Imports only the standard library and numpy at the top, and the model's own runtime where it is
-loaded: for ONNX no torch is ever in the process. It must not import the rest of limbeck: `runtime`
-starts this file by its path (`python -P runtime_worker.py`), so that a process of a known kind is
-measured.
+loaded: for ONNX no torch is ever in the process. Of limbeck it imports nothing but the networks
+that transformers lacks, where one is loaded: `runtime` starts this file by its path (`python -P
+runtime_worker.py`), so that a process of a known kind is measured.
 
 A request is one JSON object on stdin: the arguments of `measure`. The answer is the last line on
 stdout: the fields of `limbeck.runtime.Timing`.

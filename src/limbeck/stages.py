@@ -24,7 +24,7 @@ from limbeck.architecture.cut import (
     student_config,
 )
 from limbeck.architecture.importance import described, importance, load_importance
-from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.inputs import example_inputs, shortened
 from limbeck.architecture.plan import CostModel, Sample, plan_student, within_budget
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
@@ -36,7 +36,7 @@ from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import load_recipe
-from limbeck.run import file_sha256, read_json, write_json, write_text
+from limbeck.run import read_json, write_json, write_text
 from limbeck.runtime import time_file
 from limbeck.runtime_worker import random_inputs
 from limbeck.signals import capture as signal_capture
@@ -47,13 +47,12 @@ from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
 from limbeck.tasks import task as tasks
 from limbeck.tasks.arrays import ArrayClassification
-from limbeck.tasks.estimators import black_box, is_estimator, make_estimator
+from limbeck.tasks.estimators import make_estimator
 from limbeck.tasks.task import AllViews, Task, open_task, some
-from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
-from limbeck.teaching import read_axes, signal_origins, validator
+from limbeck.teaching import live_teacher, read_axes, signal_origins, validator
 from limbeck.train import train
-from limbeck.types import Cost, Places, Shape, StudentPlan, Teacher
+from limbeck.types import Cost, Places, Shape, StudentPlan
 
 _CALIBRATION_ROWS = 512  # training rows that an int8 file's ranges are fixed on
 _IMPORTANCE_ROWS = 192  # training rows that units and layers are scored on
@@ -85,7 +84,7 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
         training = Training(
             rows=task.rows("train"),
             teacher=NoTeacher(),
-            objective=Objective(hard_weight=1.0),
+            objective=Objective(smoothing=recipe.teacher.tune.label_smoothing),
             spec=recipe.teacher.tune,
             seed=recipe.seed,
             title="teacher",
@@ -127,13 +126,6 @@ def capture(
     )  # fmt: skip
 
 
-def live_teacher(teacher: Path, task: Task) -> Teacher:
-    if is_estimator(teacher):
-        return black_box(teacher)
-    model = task.load(teacher, where="teacher")
-    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
-
-
 def verify_signals(run: Path, num_rows: int) -> Verification:
     """A run's signals against its own teacher and rows. Raises DataError where they are others."""
     recipe, _ = load_recipe(run)
@@ -152,12 +144,17 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     model = task.load(base, where="base")
     axes = find_axes(model.config, task.build)
     rows = some(task.rows("train"), _IMPORTANCE_ROWS, seed=seed)
-    axes = prove_axes(
-        model, model.config, task.build, axes, rows.batch(range(min(4, len(rows)))).inputs,
-        seed=seed,
-    )  # fmt: skip
+    few = shortened(rows.batch(range(min(4, len(rows)))).inputs)
+    with progress.bar("axes", len(axes), "axes") as bar:
+        axes = prove_axes(
+            model, model.config, task.build, axes, few, seed=seed, told=bar.advance
+        )
     batches = list(rows.batches(rows.num_together))
-    scores = importance(model, [a for a in axes if a.proved], batches, progress)
+    proved = [a for a in axes if a.proved]
+    scores = importance(
+        model, proved, batches, progress, recipe.importance,
+        precision=recipe.distill.training.precision,
+    )  # fmt: skip
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")
     rises = [round(v, 6) for v in scores.layers.tolist()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -20,6 +21,7 @@ from limbeck.heads import Tap, tap_head
 from limbeck.losses.sparse import CHUNK_BYTES
 from limbeck.objective import Objective, total
 from limbeck.observe import Observer
+from limbeck.on_policy import TERM, OnPolicy, Writer
 from limbeck.ranks import ranks
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.run import read_index, write_json
@@ -46,17 +48,25 @@ class Training:
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
     looks: int = 20  # times that the terms' gradients are held against each other
+    on_policy: OnPolicy | None = None  # some steps are on the model's own texts
 
     @property
     def steps(self) -> int:
         return max(1, round(self.spec.epochs * len(self.rows) / self.spec.batch_size))
 
+    @cached_property
+    def own_steps(self) -> np.ndarray:
+        """(steps,) bool: those that are on-policy."""
+        if self.on_policy is None:
+            return np.zeros(self.steps, bool)
+        return self.on_policy.steps(self.steps, seed=self.seed)
+
     def positions(self, step: int) -> list[int]:
         """Rows of this optimizer step: epoch after epoch, each in its own order and with the next
-        view of the rows."""
+        view of the rows. On-policy steps take none."""
         n, size = len(self.rows), self.spec.batch_size
         found: list[int] = []
-        at = step * size
+        at = (step - int(self.own_steps[:step].sum())) * size
         while len(found) < size:
             epoch, offset = divmod(at + len(found), n)
             take = min(size - len(found), n - offset)
@@ -88,6 +98,11 @@ class Step:
         self.observe = Observer(
             model, training.objective.student_layers, precision=training.spec.precision
         )
+        self.writer: Writer | None = None
+        if training.on_policy is not None:
+            self.writer = Writer(
+                training.on_policy, model, batch_size=training.spec.batch_size, seed=training.seed
+            )
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -97,26 +112,37 @@ class Step:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's part of the step's rows, cut into what is worked on side by side."""
-        at = self.training.positions(step)
+        return self._cut(self.training.positions(step), self.training.rows.batch)
+
+    def own_batches(self, step: int) -> list[Batch]:
+        """The same of the model's own texts."""
+        assert self.writer is not None
+        return self._cut(
+            self.writer.next(int(self.training.own_steps[step:].sum())), self.writer.batch
+        )
+
+    def _cut(self, at: list[int], batch: Callable[[list[int]], Batch]) -> list[Batch]:
         mine = self.ranks.share(len(at))
         at = at[mine.start : mine.stop]
         most, on_cores = self.training.spec.micro_batch, self.device.type == "cpu"
         if self.normalises:  # what is normalised together must not hang on the number of cores
             most, on_cores = most or GHOST, False
-        parts = shares(len(at), most, on_cores=on_cores)
-        found = (self.training.rows.batch(at[part.start : part.stop]) for part in parts)
-        return [batch.to(self.device) for batch in found]
+        least = self.training.rows.num_together
+        parts = shares(len(at), most, on_cores=on_cores, least=least)
+        return [batch(at[part.start : part.stop]).to(self.device) for part in parts]
 
     def __call__(self, step: int, *, look: bool) -> Found:
         """With `look` the terms' gradients are held against each other too: a backward for each."""
         training, balance = self.training, self.balance
-        batches = self.batches(step)
-        counts = training.objective.counts(batches)
+        lesson = (training.on_policy if training.own_steps[step] else None) or training
+        from_own = lesson is not training
+        batches = self.own_batches(step) if from_own else self.batches(step)
+        counts = lesson.objective.counts(batches)
         self.ranks.add([*counts.values()])
-        separate = look or balance.separate
-        share = partial(self._share, step / training.steps, counts, separate)
+        separate = (look and not from_own) or balance.separate
+        share = partial(self._share, lesson, step / training.steps, counts, separate)
         gradient = _Sum(self.parameters)
-        by_term = {name: _Sum(self.parameters) for name in training.objective.weights}
+        by_term = {name: _Sum(self.parameters) for name in lesson.objective.weights}
         terms: dict[str, Tensor] = {}
         for part in on_each(share, batches):
             gradient.add(part.gradient)
@@ -143,14 +169,17 @@ class Step:
             gradient.found[: len(self.weights)] = balance.combined(each)
         elif self.ranks.world > 1:
             self.ranks.add(gradient.present())
+        if from_own:
+            terms = {TERM: terms["soft"]}
         return Found(gradient=gradient.found, terms=terms, norms=norms, cosines=cosines)
 
     def _share(
-        self, done: float, counts: Mapping[str, Tensor], separate: bool, batch: Batch
-    ) -> _Part:
+        self, lesson: Training | OnPolicy, done: float, counts: Mapping[str, Tensor],
+        separate: bool, batch: Batch,
+    ) -> _Part:  # fmt: skip
         """What one share of a step adds."""
-        objective, balance = self.training.objective, self.balance
-        target = self.training.teacher.signal(batch, objective.needs)
+        objective, balance = lesson.objective, self.balance
+        target = lesson.teacher.signal(batch, objective.needs)
         output = self.observe(batch, objective.needs | {Need.LOGITS})
         apart = separate or type(balance) is not Balance or bool(balance.factors)
         terms = objective.terms(output, target, batch, done=done, apart=apart)

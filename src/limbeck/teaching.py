@@ -22,6 +22,7 @@ from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
 from limbeck.objective import Objective
 from limbeck.observe import Observer, tokens
+from limbeck.on_policy import on_policy
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
@@ -32,12 +33,13 @@ from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
+from limbeck.tasks.estimators import black_box, is_estimator
 from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Need, Places, Shape
+from limbeck.types import Batch, Need, Places, Shape, Teacher
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -61,21 +63,23 @@ def distil(
     task = open_task(recipe, places.data)
     model = _student(recipe, shape, places, task, start)
     what = "" if taught else f", hard labels, {start} start"
+    by = lesson(recipe, student, places, temperature, features) if taught else hard_labels(recipe)
     training = Training(
         rows=task.rows("train"),
         spec=recipe.training_of(student),
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **(lesson(recipe, student, places, temperature, features) if taught else hard_labels()),
+        **by,
     )
     train(model, training, folder, progress)
     task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
-def hard_labels() -> dict[str, Any]:
+def hard_labels(recipe: Recipe) -> dict[str, Any]:
     """No teacher."""
-    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
+    smoothing = recipe.distill.training.label_smoothing
+    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0, smoothing=smoothing)}
 
 
 def lesson(
@@ -88,12 +92,14 @@ def lesson(
         temperature=temperature_of(spec.temperature, temperature),
         soft_weight=spec.soft_weight,
         hard_weight=spec.hard_weight,
+        smoothing=spec.training.label_smoothing,
         divergence=spec.divergence.kind,
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
     )
-    origins = signal_origins(open_task(recipe, places.data), places.teacher, places.data)
+    task = open_task(recipe, places.data)
+    origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
         for need in (Need.HIDDEN, Need.EMBEDDING)
@@ -107,7 +113,19 @@ def lesson(
         hidden=vectors.get(Need.HIDDEN),
         embedding=vectors.get(Need.EMBEDDING),
     )
-    return {"teacher": source, "objective": objective, "balance": spec.balance}
+    own = None
+    if spec.on_policy is not None:
+        own = on_policy(spec.on_policy, task, live_teacher(places.teacher, task), objective)
+    return {
+        "teacher": source, "objective": objective, "balance": spec.balance, "on_policy": own,
+    }  # fmt: skip
+
+
+def live_teacher(teacher: Path, task: Task) -> Teacher:
+    if is_estimator(teacher):
+        return black_box(teacher)
+    model = task.load(teacher, where="teacher")
+    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
 
 def _features(spec: DistillSpec, student: StudentSpec, folder: Path | None) -> tuple[Feature, ...]:

@@ -23,6 +23,7 @@ from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
 from limbeck.family import Family
 from limbeck.models import no_dropout
+from limbeck.on_policy import TERM, Writer
 from limbeck.progress import Progress
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
@@ -63,6 +64,8 @@ def train(
             progress.say(f"{training.title}: {said}")
         forget(size.model)
         size.model.train()
+    if training.on_policy is not None and training.on_policy.note is not None:
+        progress.say(f"{training.title}: {training.on_policy.note}")
     step_one = next(iter(step_of.steps.values()))
     balance = start_balance(step_one, folder)
     learnt = step_of.balanced(balance)
@@ -75,12 +78,13 @@ def train(
     )
     ranks = step_one.ranks
     log = _Log(folder / LOG)
-    checkpoint = _Checkpoint(folder, optimizer)
+    writers = {name: one.writer for name, one in step_of.steps.items() if one.writer}
+    checkpoint = _Checkpoint(folder, optimizer, writers)
     first = checkpoint.load()
     if ranks.first:
         log.rewind(first)
-    saved = shown = time.monotonic()
-    logged = first
+    begun = saved = shown = time.monotonic()
+    logged, wrote = first, 0.0
     every = 0
     if len(objective.weights) > 1 and training.looks:
         every = max(1, training.steps // training.looks)
@@ -100,6 +104,10 @@ def train(
                 now = time.monotonic()
                 rate = (done - logged) * spec.batch_size / (now - shown)
                 point["examples_per_s"] = round(rate, 1)
+                if training.on_policy is not None:
+                    spent = sum(writer.seconds for writer in writers.values())
+                    point["writing"] = round((spent - wrote) / (now - shown), 4)
+                    wrote = spent
                 logged = done
                 if done in quarters and training.validate is not None:
                     optimizer.settle(done)
@@ -110,6 +118,8 @@ def train(
             if ranks.first and time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
                 checkpoint.save(done)
                 saved = time.monotonic()
+    if training.on_policy is not None and ranks.first:
+        progress.say(f"{training.title}: {_written(writers, time.monotonic() - begun)}")
     optimizer.settle(training.steps)
     for size in family.sizes.values():
         size.refresh(family.weights)
@@ -119,6 +129,16 @@ def train(
     ranks.barrier()
     if ranks.first:
         checkpoint.remove()
+
+
+def _written(writers: Mapping[str, Writer], seconds: float) -> str:
+    """Of this process."""
+    texts, ended = (sum(getattr(w, n) for w in writers.values()) for n in ("texts", "ended"))
+    spent = sum(writer.seconds for writer in writers.values())
+    return (
+        f"{texts:,} texts of its own, of which {ended:,} came to their end; writing them took "
+        f"{spent:.1f} s, {spent / seconds:.0%} of its training"
+    )
 
 
 def _validated(family: Family, training: Training) -> dict[str, Any]:
@@ -151,7 +171,9 @@ def _point(
             )  # fmt: skip
     first = next(iter(found.sizes.values()))
     means = {k: sum(terms[k] for terms in by_size.values()) / len(by_size) for k in first.terms}
-    point: dict[str, Any] = {"step": step, "loss": sum(means.values()), "terms": means}
+    point: dict[str, Any] = {"step": step, "terms": means}
+    if TERM not in means:  # that of on-policy steps is another
+        point["loss"] = sum(means.values())
     if found.of_family:
         point["sizes"] = losses
     if first.norms:
@@ -224,10 +246,13 @@ class _Log:
 
 
 class _Checkpoint:
-    """Weights and the optimizer's moments; nothing else has state (`statistics` says why)."""
+    """Weights, the optimizer's moments, and texts that are still to be learnt from; nothing else
+    has state (`statistics` says why)."""
 
-    def __init__(self, folder: Path, optimizer: SharedAdamW) -> None:
-        self.folder, self.index = folder, folder / "checkpoint.json"
+    def __init__(
+        self, folder: Path, optimizer: SharedAdamW, writers: Mapping[str, Writer]
+    ) -> None:
+        self.folder, self.index, self.writers = folder, folder / "checkpoint.json", writers
         self.kinds: dict[str, Mapping[str, Tensor]] = {
             "weight": optimizer.weights, "first": optimizer.first, "second": optimizer.second,
             **{f"table.{kind}": {name: getattr(table, kind)
@@ -241,6 +266,8 @@ class _Checkpoint:
             for kind, held in self.kinds.items()
             for name, tensor in held.items()
         }
+        for name, writer in self.writers.items():
+            tensors |= {f"texts.{name}/{kind}": found for kind, found in writer.state().items()}
         path = self.folder / f"checkpoint-{step}.safetensors"
         with replaced(path) as aside:
             save_file(tensors, aside)
@@ -261,6 +288,8 @@ class _Checkpoint:
             for kind, held in self.kinds.items():
                 for name, tensor in held.items():
                     tensor.copy_(tensors[f"{kind}.{name}"])
+        for name, writer in self.writers.items():
+            writer.load_state({kind: tensors[f"texts.{name}/{kind}"] for kind in writer.state()})
         return int(saved["step"])
 
     def remove(self) -> None:

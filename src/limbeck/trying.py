@@ -47,7 +47,7 @@ def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | No
     from limbeck.models import load_tokenizer
     from limbeck.tasks.conversations import Encoder
 
-    hf = _find(student)[2]
+    hf = hf_folder(student)
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     if not any(name.endswith("ForCausalLM") for name in config.get("architectures") or ()):
         return None
@@ -56,6 +56,11 @@ def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | No
     asked = Encoder(tokenizer, "text", where=where).prompt(prompt)
     sampling = Sampling(max_new_tokens=max_new_tokens, sampling_temperature=0)
     return stream(model, tokenizer, asked, sampling, ends=end_ids(model))
+
+
+def hf_folder(student: Path) -> Path:
+    """The `hf` folder of a student that is named by its folder, its file or itself."""
+    return _find(student)[2]
 
 
 def _of_text(text: str, hf: Path) -> dict[str, np.ndarray]:

@@ -1,13 +1,16 @@
 """How much each unit and layer matters to the task, on examples of what must be kept.
 
 Units: first-order Taylor, (sum of weight x gradient over the unit's weights)^2, averaged over
-batches (Molchanov et al. 2019, arXiv:1906.10771, eq. 8). Layers: how much the loss rises when the
-layer is skipped. Only training rows are ever used.
+batches (Molchanov et al. 2019, arXiv:1906.10771, eq. 8); activation, see `activity`; or magnitude,
+the sum of squares of the unit's weights (Han et al. 2015, arXiv:1506.02626). Layers: how much the
+loss rises when the layer is skipped; or block influence, see `activity`. Only training rows are
+ever used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +20,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from limbeck.architecture.axes import Axis, Member, find_axis
-from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.activity import influence, mean_inputs, readers_of
+from limbeck.architecture.axes import Axis, Group, Member, find_axis
+from limbeck.architecture.resuming import Layers
 from limbeck.cores import on_each
+from limbeck.errors import RecipeError
 from limbeck.losses.divergence import cross_entropy
 from limbeck.progress import Bar, Progress
+from limbeck.recipe import ImportanceSpec
 from limbeck.run import replaced
 from limbeck.types import Batch
 
+_DEFAULT = ImportanceSpec()
 _LAYER = "layers"
 _STEPS = 20  # of the curves in the report
 _FEW = 64  # units that are shown one by one
@@ -33,7 +40,8 @@ _FEW = 64  # units that are shown one by one
 @dataclass(frozen=True, slots=True)
 class Importance:
     units: Mapping[str, Tensor]  # group name -> (units,), more is more important
-    layers: Tensor  # (L,) rise of the loss in nats when the layer is skipped; empty without layers
+    layers: Tensor  # (L,) rise of the loss in nats when the layer is skipped, or its influence;
+    # empty without layers
 
     def save(self, path: Path) -> None:
         with replaced(path) as aside:
@@ -74,45 +82,113 @@ def described(axes: Sequence[Axis], found: Importance) -> list[dict[str, Any]]:
 
 
 def importance(
-    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress
-) -> Importance:
-    """Scores on these batches. Neither the model's weights nor their gradients are touched."""
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress,
+    spec: ImportanceSpec = _DEFAULT, *, precision: str = "fp32",
+) -> Importance:  # fmt: skip
+    """Scores on these batches. Neither the model's weights nor their gradients are touched.
+
+    With `precision` bf16 forwards run under autocast.
+
+    Raises RecipeError for axes that the asked measure says nothing about.
+    """
     model.eval()
     axes = [axis for axis in axes if not axis.labels]  # nothing reorders what inputs name
     layers = find_axis(axes, "layers")
-    steps = len(batches) * (3 + (1 + layers.size if layers else 0))
-    with progress.bar("importance", steps, "passes") as bar:
-        units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
-        parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
-        for gradients in on_each(partial(_gradients, model, parameters), batches):
-            _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
-            bar.advance(3)
-        units = {name: score / len(batches) for name, score in units.items()}
-        rises = []
-        if layers is not None:
-            plain = _total_loss(model, batches, bar)
-            for i in range(layers.size):
-                with skipped(model, layers.pattern.format(i)):
-                    rises.append((_total_loss(model, batches, bar) - plain) / len(batches))
-    return Importance(units, torch.tensor(rises))
+    of_units = {"taylor": 3, "activation": 1, "magnitude": 0}[spec.units]
+    of_layers = 1 + layers.size if layers and spec.layers == "leave-one-out" else bool(layers)
+    bar_of = progress.bar("importance", len(batches) * (of_units + of_layers), "passes")
+    with bar_of as bar, _computing_in(precision, model):
+        units = _SCORES[spec.units](model, axes, batches, bar)
+        if layers is None:
+            scores = torch.zeros(0)
+        elif spec.layers == "block-influence":
+            scores = influence(model, layers.pattern, layers.size, batches, bar)
+        else:
+            scores = _rises(model, layers, batches, bar)
+    return Importance(units, scores)
+
+
+@contextmanager
+def _computing_in(precision: str, model: nn.Module) -> Iterator[None]:
+    if precision == "fp32":
+        yield
+        return
+    device = next(model.parameters()).device.type
+    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _rises(model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar) -> Tensor:
+    opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
+    each = []
+    with opened.open():
+        for found in on_each(partial(opened.rises, partial(_loss, model)), batches):
+            each.append(found)
+            bar.advance(1 + layers.size)
+    return torch.tensor(each, dtype=torch.float64).mean(0).float()
+
+
+def _taylor(
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
+) -> dict[str, Tensor]:
+    units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
+    parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
+    for gradients in on_each(partial(_gradients, model, parameters), batches):
+        _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
+        bar.advance(3)
+    return {name: score / len(batches) for name, score in units.items()}
+
+
+def _magnitude(
+    model: nn.Module, axes: Sequence[Axis], _batches: Sequence[Batch], _bar: Bar
+) -> dict[str, Tensor]:
+    squares = {name: p.detach().float().square() for name, p in model.named_parameters()}
+    return {
+        group.name: _of_members(group, squares, group.members)
+        for axis in axes for group in axis.groups
+    }  # fmt: skip
+
+
+def _activation(
+    model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
+) -> dict[str, Tensor]:
+    means = mean_inputs(model, axes, batches, bar)
+    units = {}
+    for axis in axes:
+        for group in axis.groups:
+            readers = readers_of(model, group)
+            if not readers:
+                raise RecipeError(
+                    "recipe.importance.units", f"no matrix reads the units of axis {axis.name}",
+                    allowed="taylor, magnitude", fix="choose one of these",
+                )  # fmt: skip
+            units[group.name] = _of_members(group, means, readers)
+    return units
+
+
+_SCORES = {"taylor": _taylor, "activation": _activation, "magnitude": _magnitude}
+
+
+def _of_members(
+    group: Group, values: Mapping[str, Tensor], members: Sequence[Member]
+) -> Tensor:
+    """Sums over each unit's channels: (units,). What is tied counts once."""
+    total = torch.zeros(group.units)
+    for member in members:
+        if member.parameter in values:
+            value = values[member.parameter]
+            lines = value.movedim(member.dim, 0).flatten(1).sum(1) if value.dim() > 1 else value
+            total += _per_unit(lines, member, group.units)
+    return total
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean over what counts."""
     logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
     return cross_entropy(logits, batch.labels[batch.mask]).mean()
-
-
-def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:
-    @torch.inference_mode()
-    def loss(batch: Batch) -> float:
-        return _loss(model, batch).item()
-
-    total = 0.0
-    for value in on_each(loss, batches):
-        total += value
-        bar.advance(1)
-    return total
 
 
 def _gradients(
@@ -134,9 +210,8 @@ def _add_taylor(
                 gradient = gradients.get(member.parameter)
                 if gradient is None:
                     continue
-                product = (parameters[member.parameter].detach() * gradient).movedim(member.dim, 0)
-                total += _per_unit(product.flatten(1).sum(1) if product.dim() > 1 else product,
-                                   member, group.units)  # fmt: skip
+                product = parameters[member.parameter].detach() * gradient
+                total += _of_members(group, {member.parameter: product}, [member])
             units[group.name] += total.square()
 
 

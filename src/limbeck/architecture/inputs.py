@@ -14,6 +14,7 @@ from limbeck.errors import AxisError
 
 _SEED = 0
 _TOKENS = 7
+_EXAMPLES, _SHOWN = 2, 16  # of real ones
 _SIDES = (32, 64, 96)  # of an image whose size no config names: some nets halve it five times
 _SAMPLES = (1600, 6400, 400)  # of a waveform
 
@@ -52,6 +53,15 @@ def example_inputs(
         "model", f"reads {main!r}, and {'no such input is known' if problem is None else problem}",
         allowed=", ".join(_MAKERS),
     )  # fmt: skip
+
+
+def shortened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first two examples, of tokens the first 16: what a proof shows does not hang on how many
+    there are, and its dozens of forwards are then mostly the reading of the weights."""
+    return {
+        name: tensor[:_EXAMPLES] if tensor.is_floating_point() else tensor[:_EXAMPLES, :_SHOWN]
+        for name, tensor in inputs.items()
+    }
 
 
 def _as_wide(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

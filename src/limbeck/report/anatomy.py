@@ -14,6 +14,11 @@ from limbeck.report.wording import percent
 
 _WIDTH, _LEFT, _ROW = 420, 96, 22
 _MOST_LINES = 48
+_ABOUT = {
+    "taylor": "How much the loss depends on each unit (Taylor, squared)",
+    "activation": "How large what each unit gives is (mean of |x|)",
+    "magnitude": "How large the weights of each unit are (sum of squares)",
+}
 
 
 def unit_figures(report: Report) -> str:
@@ -22,13 +27,13 @@ def unit_figures(report: Report) -> str:
     for axis in dict.fromkeys(group.axis for group in report.unit_importance):
         groups = [g for g in report.unit_importance if g.axis == axis]
         if all(group.by_unit is not None for group in groups):
-            found += _map(axis, groups)
+            found += _map(report, axis, groups)
         else:
             found += _curves(report, axis, groups)
     return found
 
 
-def _map(axis: str, groups: list[UnitImportance]) -> str:
+def _map(report: Report, axis: str, groups: list[UnitImportance]) -> str:
     """A row for each group, a cell for each unit; the darker, the more it matters to the whole."""
     values = [[share * g.total for share in g.by_unit or ()] for g in groups]
     most = max((v for row in values for v in row), default=0.0) or 1.0
@@ -56,7 +61,7 @@ def _map(axis: str, groups: list[UnitImportance]) -> str:
         for g in groups
     )
     heads = ("group", "total", *(str(i) for i in range(columns)))
-    about = "How much the loss depends on each unit (Taylor, squared): the darker, the more."
+    about = f"{_ABOUT[report.importance.get('units', 'taylor')]}: the darker, the more."
     return figure(title, about, svg(_WIDTH, bottom + 22, title, body), Table(heads, rows))
 
 

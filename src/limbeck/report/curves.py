@@ -15,7 +15,7 @@ _WIDTH, _LEFT, _RIGHT = 400, 54, 12
 _MOST = 150  # points drawn in a curve: means of as many equal stretches
 LOSSES = {
     "loss": "total", "soft": "soft targets", "hard": "hard labels", "hidden": "hidden states",
-    "embedding": "embeddings",
+    "embedding": "embeddings", "on_policy": "own texts",
 }  # fmt: skip
 
 Scale = Callable[[float], float]  # from a value to its place in the drawing

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.parting import Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
@@ -36,6 +37,9 @@ class Quality(Spec):
     perplexity: float | None = Field(None, ge=0)
     """Of a language model: exp of the mean loss of a token, less is better. Comparable between
     models of one tokenizer alone."""
+    mean_kl: float | None = None
+    """Of a baseline: mean of KL(teacher || this) at temperature 1, in nats; the student's own is
+    its `fidelity`."""
 
 
 class Retention(Spec):
@@ -228,6 +232,9 @@ class StudentEntry(TeacherEntry):
     """By name; for a classifier one per class."""
     baselines: Baselines = Baselines()
     """What the student must be better than."""
+    partings: tuple[Parting, ...] = ()
+    """Images: some that the primary format answers otherwise than the teacher, the furthest (KL)
+    first."""
     trained: bool = True
     """false: cut between the trained sizes of an elastic run."""
 
@@ -269,7 +276,7 @@ class TrainingPoint(Spec):
     """What the optimizer minimised."""
     terms: dict[str, float] = Field(default_factory=dict)
     """Its parts, weights included: soft (the teacher's soft targets), hard (the hard labels),
-    hidden (states), embedding."""
+    hidden (states), embedding; of a step on the student's own texts on_policy alone."""
     gradients: dict[str, float] = Field(default_factory=dict)
     """Norm of each part's gradient, at a few steps."""
     cosines: dict[str, Annotated[float, Field(ge=-1.001, le=1.001)]] = Field(default_factory=dict)
@@ -282,6 +289,8 @@ class TrainingPoint(Spec):
     """Of an elastic run: each size's `validation`."""
     examples_per_s: float | None = None
     """Training speed."""
+    writing: float | None = Field(None, ge=0)
+    """Share of the time since the last point that the student wrote texts to learn from."""
     validation: float | None = None
     """Quality on the validation rows, a fraction."""
 
@@ -313,6 +322,8 @@ class Report(Spec):
     """By the teacher's layer; more is more important."""
     unit_importance: tuple[UnitImportance, ...] = ()
     """Of the axes that can be cut."""
+    importance: dict[Literal["units", "layers"], str] = Field(default_factory=dict)
+    """What these numbers measure."""
     warnings: tuple[str, ...] = ()
     """What a reader must know, in plain sentences."""
 

@@ -154,17 +154,19 @@ def _training_table(points: Sequence[TrainingPoint]) -> Table:
     every = -(-len(points) // 20)
     chosen = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
     shown = [key for key in LOSSES if any(loss_of(p, key) is not None for p in points)]
+    writes = any(p.writing is not None for p in points)
     rows = tuple(
         (
             f"{p.step:,}",
             *("" if (v := loss_of(p, key)) is None else f"{v:.4f}" for key in shown),
             "" if p.examples_per_s is None else f"{p.examples_per_s:,.0f}",
+            *([NONE if p.writing is None else percent(p.writing, 0)] if writes else []),
             percent(p.validation) if p.validation is not None else "",
         )
         for p in chosen
     )
-    titles = [LOSSES[key] for key in shown]
-    return Table(("step", *titles, "examples/s", "validation"), rows)
+    titles = [*(LOSSES[key] for key in shown), "examples/s", *(["writing"] if writes else [])]
+    return Table(("step", *titles, "validation"), rows)
 
 
 def frontier_figure(report: Report) -> str:
@@ -211,6 +213,12 @@ def stages_figure(report: Report) -> str:
     return figure(title, about, drawing, stages_table(report))
 
 
+_LAYERS_ABOUT = {
+    "leave-one-out": "By how much the loss rises without the layer.",
+    "block-influence": "How far the layer turns what runs through it.",
+}
+
+
 def importance_figure(report: Report) -> str:
     """How much each of the teacher's layers matters, and who keeps it."""
     rows, cells = [], []
@@ -228,4 +236,5 @@ def importance_figure(report: Report) -> str:
     title = "Importance of the teacher's layers"
     drawing = bars(rows, title=title, axis="importance (more matters more)")
     table = Table(("layer", "importance", "kept by"), tuple(cells))
-    return figure(title, "Pale bars: layers that no student keeps.", drawing, table)
+    about = _LAYERS_ABOUT[report.importance.get("layers", "leave-one-out")]
+    return figure(title, f"{about} Pale bars: layers that no student keeps.", drawing, table)

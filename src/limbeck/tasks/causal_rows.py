@@ -92,6 +92,23 @@ class Rows:
             documents=tuple(self.documents[i] for i in at),
         )  # fmt: skip
 
+    def prompts(self, first_tokens: int, *, plain: bool) -> list[np.ndarray]:
+        """What a model is to go on from: a document's tokens up to each stretch that counts.
+
+        Of a document that counts from its first token on, and of `plain` text always, its
+        `first_tokens`. Each prompt ends before its document does.
+        """
+        found = []
+        for tokens, counted, starts in zip(self.tokens, self.counted, self.starts, strict=True):
+            for start, end in itertools.pairwise([*starts.tolist(), len(tokens)]):
+                own = counted[start:end]
+                if plain or own[0]:
+                    lengths = [min(first_tokens, end - start - 1)]
+                else:
+                    lengths = (np.flatnonzero(own[1:] & ~own[:-1]) + 1).tolist()
+                found += [tokens[start : start + length] for length in lengths if length]
+        return found
+
     def documents_at(self, positions: Sequence[int]) -> Tensor:
         """(B, T) int64: the number of the document that holds each token of the batch; -1: none."""
         longest = max(len(self.tokens[i]) for i in positions)

@@ -1,0 +1,254 @@
+"""Learning from the student's own texts against learning from the data's, at equal processor time.
+
+    python benchmarks/on_policy.py [--seeds 3] [--cpu-s 40] [--choose] [--quick] [--work DIR]
+                                   [--json FILE]
+
+The task can be checked: sums of three two-digit numbers with the running totals, lowest digit
+first, `47+58+12=` -> `501,711`. A teacher of a third of a million parameters is taught it on
+60,000 sums. Its student has a tenth of that and 2,000 sums to learn from; it is cut from the
+teacher as `limbeck distill` does. All arms have the same start, rows, batch and processor time
+(this process', so that busy neighbours do not count): what a step of each costs is measured
+first, and what each training took in the end is printed. Accuracy is exact match of the last
+total, greedy, on 1,000 sums that neither has seen; a seed is an order of the rows and the draws.
+`--choose` tries the settings of each arm (`_TRIES`, as many for every arm but the one without a
+teacher) on 500 further sums with a seed of its own; what it chose is in `_CHOSEN`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from limbeck import stages, teaching
+from limbeck.causal import load_causal, save_causal
+from limbeck.energy import NoMeter
+from limbeck.generating import Sampling, generate
+from limbeck.models import load_tokenizer
+from limbeck.pipeline import distill
+from limbeck.progress import Silent
+from limbeck.recipe import Recipe
+from limbeck.recipe_file import load_recipe, validate
+from limbeck.tasks import task as tasks
+
+_BATCH = 32
+_END = 1
+_PLAIN = ("distill.soft_weight=1", "distill.hard_weight=0")
+_OWN = "distill.on_policy={{share: {}, max_new_tokens: 12, batches: 4, reuse: {}{}}}"
+_LR = "distill.training.learning_rate={}"
+_TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "hard labels": tuple((_LR.format(lr),) for lr in (2e-3, 5e-3, 1e-2)),
+    "off-policy": tuple(
+        (*_PLAIN, f"distill.temperature={t}", _LR.format(lr))
+        for t in (1, 2) for lr in (2e-3, 5e-3, 1e-2)
+    ),
+    "on-policy": tuple(
+        (*_PLAIN, "distill.temperature=1", _OWN.format(share, reuse, divergence), _LR.format(lr))
+        for share, reuse, divergence, lr in (
+            (0.5, 4, "", 5e-3), (0.5, 4, "", 1e-2), (0.5, 4, ", divergence: reverse_kl", 5e-3),
+            (0.25, 4, "", 5e-3), (0.9, 4, ", after: 0.2", 5e-3), (0.5, 2, "", 5e-3),
+        )
+    ),
+}  # fmt: skip
+_CHOSEN = {arm: tries[0] for arm, tries in _TRIES.items()}
+_T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by number of seeds
+
+Pairs = list[tuple[str, str]]
+
+
+def sums(count: int, seed: int, but: Sequence[Pairs] = ()) -> Pairs:
+    """Prompts and completions, none twice and none of `but`."""
+    draw, found = random.Random(seed), []
+    seen = {prompt for pairs in but for prompt, _ in pairs}
+    while len(found) < count:
+        terms = [draw.randint(10, 99) for _ in range(3)]
+        prompt = "+".join(map(str, terms)) + "="
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        totals = [sum(terms[:2]), sum(terms)]
+        found.append((prompt, ",".join(str(total)[::-1] for total in totals)))
+    return found
+
+
+def write_rows(pairs: Pairs, path: Path) -> None:
+    lines = (json.dumps({"prompt": prompt, "completion": said}) for prompt, said in pairs)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def fresh(folder: Path) -> PreTrainedTokenizerFast:
+    """A random teacher with one token for each sign."""
+    ids = {"<pad>": 0, "<end>": _END} | {sign: i + 2 for i, sign in enumerate("0123456789+=,")}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        bos_token_id=None, eos_token_id=_END, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    save_causal(LlamaForCausalLM(config), tokenizer, folder)
+    return tokenizer
+
+
+def recipe_of(rows: Path, model: Path, *, params: int, tune: dict[str, Any] | None) -> Recipe:
+    return validate({
+        "name": "sums",
+        "task": {"kind": "language-modeling", "max_tokens": 32, "layout": "pad"},
+        "data": {"train": str(rows), "prompt": "prompt", "completion": "completion",
+                 "validation_fraction": 0.05, "test_fraction": 0.05},
+        "teacher": {"model": str(model), **({"tune": tune} if tune else {})},
+        "signals": {"dense": {"dtype": "fp32"}},
+        "distill": {"temperature": 1, "soft_weight": 1, "hard_weight": 0,
+                    "training": {"epochs": 0.1, "batch_size": _BATCH, "learning_rate": 5e-3}},
+        "students": [{"name": "student", "budget": {"params": params}}],
+        "evidence": {"baselines": "none"},
+        "export": {"formats": ["hf"], "primary": "hf"},
+    })  # fmt: skip
+
+
+class Told(Silent):
+    """The last line, for what a training says of itself."""
+
+    last = ""
+
+    def say(self, line: str) -> None:
+        if "texts of its own" in line:
+            self.last = line
+
+
+def teach(teacher: Path, steps: int, pairs: Pairs) -> None:
+    """The teacher, tuned on its own rows, as a plain folder."""
+    if (teacher / "config.json").is_file():
+        return
+    with tempfile.TemporaryDirectory() as name:
+        aside = Path(name)
+        fresh(aside / "raw")
+        write_rows(pairs, aside / "rows.jsonl")
+        tune = {"epochs": steps * 64 / (0.9 * len(pairs)), "batch_size": 64, "learning_rate": 4e-3}
+        recipe = recipe_of(aside / "rows.jsonl", aside / "raw", params=10**9, tune=tune)
+        for folder in (aside / "data", aside / "hf"):
+            folder.mkdir()
+        tasks.prepare(recipe, aside / "rows.jsonl", None, aside / "raw", aside / "data")
+        stages.tune(aside / "hf", recipe, aside / "raw", aside / "data", Silent())
+        shutil.copytree(aside / "hf", teacher, dirs_exist_ok=True)
+
+
+def accuracy(folder: Path, pairs: Pairs) -> float:
+    """Share of right last totals, written greedily."""
+    model = load_causal(folder, where=str(folder))
+    tokenizer = load_tokenizer(folder, where=str(folder))
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    sampling = Sampling(max_new_tokens=12, sampling_temperature=0)
+    said = generate(model, prompts, sampling, ends=(_END,), batch_size=250).tokens
+    texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in said]
+    right = [t.split(",")[-1] == a.split(",")[-1] for t, (_, a) in zip(texts, pairs, strict=True)]
+    return sum(right) / len(right)
+
+
+class Arm:
+    """One way of teaching, whose trainings all take the same processor time."""
+
+    def __init__(self, run: Path, name: str, changes: Sequence[str], cpu_s: float) -> None:
+        self.run, self.name, self.changes = run, name, changes
+        self.rows = json.loads((run / "data/data.json").read_text())["rows"]["train"]
+        few, many = (self.once(steps, 0, run / "pilot")[1] for steps in (40, 160))
+        self.steps = max(40, round(cpu_s / ((many - few) / 120)))
+
+    def once(self, steps: int, seed: int, folder: Path) -> tuple[str, float]:
+        """What the training said, and the seconds of this process that it took."""
+        epochs = f"distill.training.epochs={steps * _BATCH / self.rows}"
+        recipe, _ = load_recipe(self.run, (*self.changes, epochs))
+        recipe = recipe.model_copy(update={"seed": seed})
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        told, start = Told(), time.process_time()
+        teaching.distil(
+            folder, recipe, recipe.students[0],
+            stages.read_plan(self.run / "students/student/plan").shape, stages.places_of(self.run),
+            told, taught=self.name != "hard labels",
+        )  # fmt: skip
+        return told.last, time.process_time() - start
+
+    def __call__(self, seed: int, pairs: Pairs) -> tuple[float, float, str]:
+        folder = self.run / "arm"
+        said, seconds = self.once(self.steps, seed, folder)
+        return accuracy(folder, pairs), seconds, said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, choices=sorted(_T_OF))
+    parser.add_argument("--cpu-s", type=float, default=40, help="of each training")
+    parser.add_argument("--choose", action="store_true", help="try each arm's settings instead")
+    parser.add_argument("--quick", action="store_true", help="a bad teacher, 3 s, 2 seeds")
+    parser.add_argument("--work", type=Path, help="keeps the teacher there for the next time")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    disable_progress_bar()
+    seeds, cpu_s = (2, 3.0) if options.quick else (options.seeds, options.cpu_s)
+    work = options.work or Path(tempfile.mkdtemp(prefix="limbeck-"))
+    work.mkdir(parents=True, exist_ok=True)
+    asked, tried = sums(1000, 1), sums(500, 2)
+    theirs = sums(6000 if options.quick else 60_000, 3, [asked, tried])
+    ours = sums(2000, 4, [asked, tried])
+    teach(work / "teacher", 150 if options.quick else 2000, theirs)
+    write_rows(ours, work / "rows.jsonl")
+    run = work / "run"
+    plain = recipe_of(work / "rows.jsonl", work / "teacher", params=33_000, tune=None)
+    report = distill(plain, run, meter=NoMeter())
+    student = report.students[0]
+    print(f"teacher: {report.teacher.params:,} parameters, {accuracy(work / 'teacher', asked):.1%} "
+          f"right; student: {student.params:,}, {student.shape}", flush=True)  # fmt: skip
+    if options.choose:
+        for name, tries in _TRIES.items():
+            for changes in tries:
+                arm = Arm(run, name, changes, cpu_s)
+                right, seconds, _ = arm(100, tried)
+                print(f"{name:12} {right:6.1%}  {arm.steps:6,} steps  {seconds:5.1f} s  "
+                      f"{', '.join(changes)}", flush=True)  # fmt: skip
+        return
+    arms = [Arm(run, name, changes, cpu_s) for name, changes in _CHOSEN.items()]
+    found: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for seed in range(seeds):
+        for arm in arms:
+            right, seconds, said = arm(seed, asked)
+            found[arm.name].append(right)
+            print(f"seed {seed}  {arm.name:12} {right:6.1%}  {arm.steps:6,} steps  {seconds:5.1f} s"
+                  f"  {said}", flush=True)  # fmt: skip
+    base, rows = found["off-policy"], []
+    print(f"\n{'':12} {'right':>7} {'over off-policy (95 %)':>26}")
+    for name, values in found.items():
+        over = [100 * (a - b) for a, b in zip(values, base, strict=True)]
+        wide = _T_OF[len(over)] * statistics.stdev(over) / math.sqrt(len(over))
+        mean, gain = statistics.mean(values), statistics.mean(over)
+        print(f"{name:12} {mean:7.1%} {gain:+8.1f} ({gain - wide:+.1f} to {gain + wide:+.1f})")
+        rows.append({
+            "measure": "exact match", "setting": name, "ours": 100 * mean,
+            "other": 100 * statistics.mean(base), "other_name": "off-policy",
+            "ratio": mean / statistics.mean(base), "unit": "%", "n": len(values),
+        })  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
