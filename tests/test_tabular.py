@@ -361,6 +361,21 @@ def test_a_setting_without_sense_is_refused(tmp_path, capsys, change, words):
     assert re.search(words, capsys.readouterr().err)
 
 
+def test_the_recipe_of_the_docs_is_planned(tmp_path, monkeypatch, capsys):
+    doc = (Path(__file__).parents[1] / "docs/tabular.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.+?)```", doc, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"plan": "ab"[i % 2], "country": "NZ", "age": i, "left": "yn"[i % 3 // 2]}
+        for i in range(90)
+    ]
+    write_csv(Path("customers.csv"), rows)
+    Path("mine.yaml").write_text(text)
+    assert main(["plan", "mine.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"pocket +[\d,]+ +0\.\d+", said) and re.search(r"chosen +4 +0\.00 +–", said)
+
+
 def test_an_estimator_is_no_teacher_of_texts(tiny, capsys):
     change = "teacher={estimator: {kind: extra_trees}}"
     assert main(["plan", str(tiny / "recipe.yaml"), "--set", change]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -15,7 +16,8 @@ import limbeck
 from limbeck.architecture.cut import build_student, shape_parameters
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
-from limbeck.errors import DataError
+from limbeck.cli import main
+from limbeck.errors import DataError, RecipeError
 from limbeck.export import files
 from limbeck.nets import (
     SeriesConvClassifier,
@@ -142,6 +144,34 @@ def test_a_transformer_of_patches_is_taught_by_convolutions(tmp_path):
     config = json.loads((folder / "out/students/one/hf/config.json").read_text())
     assert config["model_type"] == "limbeck-series-transformer" and config["length"] == 32
     assert report.students[0].main.quality.value > 0.5
+
+
+def test_the_recipe_of_the_docs_is_planned(tmp_path, monkeypatch, capsys):
+    doc = (Path(__file__).parents[1] / "docs/time_series.md").read_text()
+    (code,), (text,) = (re.findall(rf"```{kind}\n(.+?)```", doc, re.DOTALL)
+                        for kind in ("python", "yaml"))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "time_series.md", "exec"), {})
+    Path("signals.yaml").write_text(text)
+    assert main(["plan", "signals.yaml"]) == 0
+    assert re.search(r"pocket +[\d,]+ +0\.0[345]", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "limbeck-series-transformer", "patch_size": 33}, "patch_size 33 is longer"),
+        ({**CONV, "kernel_size": 4}, "kernel_size 4 has no middle"),
+        ({"model_type": "limbeck-tabular"}, "takes numbers and categories, not series.*conv1d"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_series_is_refused(tmp_path, config, words):
+    folder = make_world(tmp_path)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["teacher"]["config"] = config
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with quickly(), pytest.raises(RecipeError, match=words):
+        limbeck.distill(folder / "recipe.yaml", folder / "out")
 
 
 # What a file can hold

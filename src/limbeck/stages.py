@@ -194,14 +194,15 @@ def make_base(
 
 def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -> PretrainedConfig:
     """Of what students are cut from. Raises RecipeError, SourceError."""
+    named = "recipe.teacher.model" if recipe.teacher.config is None else "recipe.teacher.config"
     if recipe.base is None:
-        return task.read_config(teacher, where="recipe.teacher.model")
+        return task.read_config(teacher, where=named)
     if model is not None:
         return task.read_config(model, where="recipe.base.model")
     assert recipe.base.config is not None
     shared = {}
     if recipe.teacher.estimator is None:
-        theirs = task.read_config(teacher, where="recipe.teacher.model")
+        theirs = task.read_config(teacher, where=named)
         shared = {n: getattr(theirs, n) for n in task.input_fields if hasattr(theirs, n)}
     config = make_config(shared | recipe.base.config, where="recipe.base.config")
     task.adapt(config, where="recipe.base.config")

@@ -42,6 +42,10 @@ def input_fields(config: PretrainedConfig, inputs: Sequence[Input]) -> dict[str,
     if not given.keys() <= {*takes}:
         raise LookupError(f"takes {' and '.join(takes)}, not {' and '.join(given)}")
     fields: dict[str, Any] = CLASSES[config.model_type].fields(given)
+    if (patch := getattr(config, "patch_size", 0)) > (length := fields.get("length", patch)):
+        raise LookupError(f"patch_size {patch} is longer than the series, {length}")
+    if (kernel := getattr(config, "kernel_size", 1)) % 2 == 0:
+        raise LookupError(f"kernel_size {kernel} has no middle: an odd one")
     return fields
 
 
