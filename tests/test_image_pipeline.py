@@ -16,7 +16,7 @@ import limbeck
 from limbeck import train
 from limbeck.architecture.axes import Axis
 from limbeck.architecture.cut import build_student, shape_parameters
-from limbeck.architecture.plan import plan_student, score
+from limbeck.architecture.plan import CostModel, plan_student, score
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.architecture.space import candidates, shape_of
@@ -330,6 +330,27 @@ def test_widths_of_stages_scale_together_and_depths_too_and_costs_are_real():
     shape = shape_of(min(found, key=lambda c: c.params), axes(), lambda n: ())
     student = build_student(config, build, axes(), shape, resnet().state_dict())
     assert student(rows().batch([0]).inputs["pixel_values"]).logits.shape == (1, 3)
+
+
+def test_stages_of_one_layer_count_by_their_widths_and_in_a_files_overhead():
+    config = ResNetConfig(num_labels=3, num_channels=1, layer_type="basic", embedding_size=16,
+                          hidden_sizes=[16, 32, 64], depths=[1, 1, 1])  # fmt: skip
+    torch.manual_seed(0)
+    model = build(config).eval()
+    inputs = rows().batch(range(4)).inputs
+    found = prove_axes(model, config, build, find_axes(config, build), inputs, seed=0)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plain, more = (candidates(shapes, found, "onnx-int8", o) for o in ((0, 0), (1000, 100)))
+    pairs = zip(plain, more, strict=True)
+    assert {b.size_bytes - a.size_bytes for a, b in pairs} == {1000 + 3 * 100}
+    assert not plain[0].stacks, "depths of one layer are no axes"
+    full = max(c.params for c in plain)
+    for params in (full - 1, full // 2, full // 4):
+        planned = plan_student(
+            StudentSpec(name="s", budget=BudgetSpec(params=params)), "budget", plain, found,
+            lambda n: (), CostModel(lambda c: pytest.fail("nothing is to be timed")),
+        )  # fmt: skip
+        assert planned.cost.params == max(c.params for c in plain if c.params <= params)
 
 
 def test_no_two_stages_become_equal_where_a_projection_hangs_on_it():

@@ -271,6 +271,9 @@ def test_a_bomb_is_refused_before_it_is_unpacked(pictures, tmp_path):
     (pictures / "kind 0" / "000.png").write_bytes(bomb)
     with pytest.raises(DataError, match=r"kind 0/000\.png: does not decode.*pixels"):
         prepared(tmp_path, pictures, recipe())
+    _, about = prepared(tmp_path, pictures, recipe({"unreadable": "skip"}))
+    assert sum(about["rows"].values()) == 59
+    assert any("1 damaged images were left out: kind 0/000.png" in w for w in about["warnings"])
 
 
 def test_a_file_is_taken_for_none_but_the_common_kinds_of_image(pictures, tmp_path):

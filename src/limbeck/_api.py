@@ -16,24 +16,33 @@ if TYPE_CHECKING:
     from limbeck.signals.verify import Verification
     from limbeck.types import Plan
 
+    AnyRecipe = str | Path | Recipe | Mapping[str, Any]
+
 
 def distill(
-    recipe: str | Path | Recipe, out: str | Path, *, overrides: Sequence[str] = (),
-    repair: bool = False, progress: Progress | None = None,
+    recipe: AnyRecipe, out: str | Path, *, overrides: Sequence[str] = (),
+    repair: bool = False, progress: Progress | None = None, teacher: Any = None,
 ) -> Report:  # fmt: skip
     """Distil the recipe's teacher into its family of students, in the folder `out`.
 
-    `recipe` is a built-in name, a file, or a Recipe; `overrides` are `a.b=c` as with `--set`.
+    `recipe` is a built-in name, a file, a Recipe, or what its YAML would hold as a dict;
+    `overrides` are `a.b=c` as with `--set`, for a name or a file.
+    `teacher` is a fitted scikit-learn estimator in place of the recipe's teacher (extra 'tabular').
     Raises LimbeckError subclasses; an unmet budget stands in the report.
     """
     from limbeck import pipeline
 
     loaded, base = _load(recipe, overrides)
+    if teacher is not None:
+        from limbeck.recipe_file import validate
+        from limbeck.tasks.estimators import keep_given
+
+        loaded = validate({**loaded.model_dump(mode="json"), "teacher": keep_given(teacher)})
     return pipeline.distill(loaded, Path(out), base=base, repair=repair, progress=progress)
 
 
 def plan(
-    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), progress: Progress | None = None
+    recipe: AnyRecipe, *, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Plan:
     """Before any training: each student's shape, parameters, predicted size and latency, and what
     the stored signals will take."""
@@ -159,10 +168,12 @@ def doctor() -> dict[str, Any]:
     return checkup.examine()
 
 
-def _load(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+def _load(recipe: AnyRecipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
     from limbeck.recipe import Recipe
     from limbeck.recipe_file import load_recipe, validate
 
     if isinstance(recipe, Recipe):
         return validate(recipe.model_dump(mode="json")), Path.cwd()
+    if isinstance(recipe, Mapping):
+        return validate(dict(recipe)), Path.cwd()
     return load_recipe(recipe, overrides)

@@ -152,7 +152,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     for c in plan.signals:
         name = f"{c.name}, chosen" if c.chosen else c.name
         size = f"{c.size_bytes / 1e6:.2f}"
-        rows.append([name, f"{c.bytes_per_position:,}", size, f"{c.seconds:.0f}"])
+        seconds = "–" if c.seconds is None else f"{c.seconds:.0f}"
+        rows.append([name, f"{c.bytes_per_position:,}", size, seconds])
     _table(rows)
     print(f"signals: {plan.signals_reason}")
 

@@ -22,7 +22,9 @@ def check(folder: Path, num_rows: int) -> tuple[int, Verification | None]:
     store = _store(folder)
     shards = check_files(store)
     run = store.parent
-    if not (run / "teacher/hf/config.json").is_file() or not (run / "data/data.json").is_file():
+    teacher = run / "teacher/hf"
+    there = any((teacher / name).is_file() for name in ("config.json", "estimator.json"))
+    if not there or not (run / "data/data.json").is_file():
         return shards, None
     from limbeck import stages
 

@@ -79,7 +79,8 @@ def _plan(recipe: Recipe, base: Path, model_folder: Path, train: Path, progress:
     settings = codec_settings(
         recipe.signals, temperature=recipe.distill.temperature.fixed, **sizes
     )
-    progress.say("timing the teacher")
+    if recipe.teacher.estimator is None:
+        progress.say("timing the teacher")
     return Plan(
         students=students,
         signals=tuple(_signal_costs(recipe, task, config, settings, sizes)),
@@ -99,6 +100,7 @@ def _signal_costs(
     recipe: Recipe, task: Task, config: Any, chosen: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> Sequence[SignalsCost]:
     """The chosen codec and the usual others; timed on random inputs."""
+    asked = recipe.teacher.estimator is not None
     model = task.build(config).eval()
     size = _BATCH if task.labels else 4  # (B, T, V) logits are large
     drawn = random_inputs([asdict(one) for one in task.inputs(config)], size)
@@ -130,7 +132,7 @@ def _signal_costs(
                 chosen=settings is chosen,
                 bytes_per_position=bytes_per_position(codec, sizes["vocab_size"]),
                 size_bytes=store_bytes(settings, **sizes),
-                seconds=(teacher + encode) * sizes["rows"],
+                seconds=None if asked else (teacher + encode) * sizes["rows"],
             )
         )
     return found

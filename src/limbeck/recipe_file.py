@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from limbeck.errors import RecipeError
 from limbeck.recipe import Recipe, Source
-from limbeck.recipe_task import KINDS, TASKS
+from limbeck.recipe_task import KINDS, OWN, TASKS, kinds
 
 BUILT_IN = Path(__file__).parent / "recipes"
 _MAX_BYTES = 1_000_000  # a recipe is some hundred lines
@@ -28,6 +28,7 @@ _SETTINGS = "settings, one `name: value` a line"
 _START = "`limbeck recipes show quickstart` prints a recipe to start from"
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*(@\S+)?"  # what is no path may be one; `sources` says exactly
 
+_TAGS = (*KINDS, OWN)  # which of the tasks pydantic took: no step of a setting's path
 RECIPE = "recipe.yaml"  # in a run's folder
 
 
@@ -248,14 +249,14 @@ def _explain(error: ValidationError) -> RecipeError:
     first = error.errors(include_url=False)[0]
     steps: list[str | int] = list(first["loc"])
     where, found = _path(steps), _show(first["input"])
-    typed = ".".join(str(step) for step in steps if step not in KINDS)
+    typed = ".".join(str(step) for step in steps if step not in _TAGS)
     change = f"change it in the recipe, or with --set {typed}=VALUE"
     match first["type"]:
         case "union_tag_invalid" | "union_tag_not_found":
             tag = first["ctx"].get("tag")
             return RecipeError(
                 f"{where}.kind", "missing" if tag is None else f"{_show(tag)} is not allowed",
-                allowed=", ".join(KINDS), fix="name one of them",
+                allowed=", ".join(kinds()), fix="name one of them",
             )  # fmt: skip
         case "extra_forbidden":
             known = _settings_at(steps[:-1])
@@ -310,7 +311,7 @@ def _model_at(steps: Sequence[str | int]) -> type[BaseModel]:
 def _path(steps: Sequence[str | int]) -> str:
     text = "recipe"
     for step in steps:
-        if step in KINDS:
+        if step in _TAGS:
             continue
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
     return text

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
+from limbeck.recipe_data import DataSpec
 from limbeck.recipe_teaching import Spec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Spread = Annotated[float, Field(gt=0, le=10)]
@@ -131,7 +148,8 @@ class LanguageTask(Spec):
 
 
 class ArrayTask(Spec):
-    """Arrays of one size, by name, into classes: what tables and time series have in common."""
+    """Arrays of one size, by name, into classes: what tables and time series have in common, and
+    what a task of your own is (`docs/own_domain.md`): its settings, `read` and `one`."""
 
     idle_data: ClassVar[tuple[str, ...]] = ("text", "image", *_DOCUMENTS)
     takes_estimators: ClassVar[bool] = False
@@ -141,6 +159,29 @@ class ArrayTask(Spec):
     formats: ClassVar[tuple[str, ...]] = _ONNX
     primary: ClassVar[str] = "onnx-int8"
     files: ClassVar[str] = "onnx"
+
+    kind: str
+    """What the models are for."""
+
+    def read(self, path: Path, data: DataSpec) -> Examples:
+        """All examples of a file or folder. DataError is for what a user can mend."""
+        raise NotImplementedError(f"{type(self).__name__}.read")
+
+    def one(self, what: str) -> Mapping[str, np.ndarray]:
+        """What `limbeck try` was given, a path say, as arrays (1, ...) by name."""
+        raise NotImplementedError(f"{type(self).__name__}.one")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What `ArrayTask.read` returns."""
+
+    arrays: Mapping[str, np.ndarray]
+    """By name, a row for each example: `numbers` (N, F) and `categories` (N, K), or `series`
+    (N, C, T)."""
+    labels: Sequence[str]
+    groups: Sequence[str] | None = None
+    """Examples with the same stay in the same split: of one speaker, one machine."""
 
 
 class TabularTask(ArrayTask):
@@ -171,17 +212,83 @@ class TabularTask(ArrayTask):
         return self
 
 
-TASKS = (TextTask, ImageTask, LanguageTask, TabularTask)
+class SeriesTask(ArrayTask):
+    """Stretches of signals, all of one length, into classes."""
+
+    idle_data: ClassVar[tuple[str, ...]] = (
+        "text", "image", "columns", "skip_rows", *_DOCUMENTS
+    )  # fmt: skip
+
+    kind: Literal["time-series"]
+    """What the models are for."""
+    series: str = "series"
+    """Where a file has them: the array of a .npz file, (N, C, T) or (N, T) for one channel; or the
+    column of a Parquet file, each a list of C lists of T numbers, or of T numbers."""
+
+
+TASKS = (TextTask, ImageTask, LanguageTask, TabularTask, SeriesTask)
 KINDS = tuple(task.model_fields["kind"].annotation.__args__[0] for task in TASKS)  # type: ignore[union-attr]
 
 
+OWN = "registered"  # the tag of all kinds that others bring
+_ENTRY_POINTS = "limbeck.tasks"  # of installed packages: kind = "module:Class"
+_registered: dict[str, type[ArrayTask]] = {}
+
+
+def register(task: type[ArrayTask]) -> type[ArrayTask]:
+    """Make a kind of task of your own known: recipes name it by the one value of its `kind`.
+
+    Raises ValueError for a class that is no such task.
+    """
+    (kind, *others) = getattr(task.model_fields["kind"].annotation, "__args__", (None,))
+    if not isinstance(kind, str) or others:
+        raise ValueError(f'{task.__name__}.kind is not one text: `kind: Literal["keywords"]`, say')
+    if kind in (*KINDS, OWN) or _registered.get(kind, task).__qualname__ != task.__qualname__:
+        raise ValueError(f"{task.__name__}: a task of kind {kind!r} is there already")
+    for name in ("read", "one"):
+        if getattr(task, name) is getattr(ArrayTask, name):
+            raise ValueError(f"{task.__name__} has no `{name}` of its own")
+    _registered[kind] = task
+    return task
+
+
 def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask | ArrayTask] | None:
-    """The settings of a kind; None for what is none."""
-    return dict(zip(KINDS, TASKS, strict=True)).get(kind) if isinstance(kind, str) else None
+    """The settings of a kind; None for what is none. Kinds of others are looked for among
+    installed packages."""
+    if not isinstance(kind, str):
+        return None
+    known: dict[str, Any] = dict(zip(KINDS, TASKS, strict=True)) | _registered
+    if kind not in known:
+        for entry in entry_points(group=_ENTRY_POINTS, name=kind):
+            known[kind] = register(entry.load())
+    return known.get(kind)
+
+
+def kinds() -> list[str]:
+    """All that are known."""
+    return [*KINDS, *_registered]
 
 
 def _kind(value: Any) -> str | None:
-    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return OWN if kind not in KINDS and task_of(kind) else kind
+
+
+def _of_its_class(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    found = task_of(value["kind"])
+    assert found is not None  # the tag says so
+    try:
+        return found.model_validate(value)
+    except ValidationError as error:  # inside of another one its place would be lost
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(found.model_fields)
+            raise ValueError(f"`{name}` is no setting of {value['kind']}: {known}") from None
+        wrong = f"`{name}` of {value['kind']} is {first['input']!r}"
+        raise ValueError(f"{wrong}: {first['msg']}") from None
 
 
 # By a function, not by the field's name: `Spec` looks at fields first, which pydantic then forbids.
@@ -189,6 +296,11 @@ TaskSpec = Annotated[
     Annotated[TextTask, Tag(KINDS[0])]
     | Annotated[ImageTask, Tag(KINDS[1])]
     | Annotated[LanguageTask, Tag(KINDS[2])]
-    | Annotated[TabularTask, Tag(KINDS[3])],
+    | Annotated[TabularTask, Tag(KINDS[3])]
+    | Annotated[SeriesTask, Tag(KINDS[4])]
+    | Annotated[
+        SerializeAsAny[ArrayTask], BeforeValidator(_of_its_class), Tag(OWN),
+        WithJsonSchema({"not": {}, "description": "What others register no schema can know."}),
+    ],
     Discriminator(_kind),
 ]

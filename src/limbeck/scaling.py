@@ -31,6 +31,7 @@ from limbeck.run import read_json, replaced, write_json
 from limbeck.stages import Planner, places_of
 from limbeck.statistics import measure_statistics
 from limbeck.step import Training
+from limbeck.tasks.estimators import black_box, is_estimator
 from limbeck.tasks.task import Task, open_task, some
 from limbeck.teaching import lesson, loss_and_accuracy, sorted_base, validator
 from limbeck.train import train
@@ -223,8 +224,11 @@ def look(
                 }
             )  # fmt: skip
             bar.advance(1)
-    teacher = task.load(places.teacher, where="teacher").eval()
-    loss, accuracy = loss_and_accuracy(rows, teacher)
+    if is_estimator(places.teacher):
+        loss, accuracy = loss_and_accuracy(rows, black_box(places.teacher))
+    else:
+        teacher = task.load(places.teacher, where="teacher").eval()
+        loss, accuracy = loss_and_accuracy(rows, teacher)
     theirs = {"accuracy": accuracy, "loss": loss, "n": len(rows)}
     write_json(folder / FRONTIER, {"teacher": theirs, "shapes": found})
 

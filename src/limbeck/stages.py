@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_to_json, find_axis
 from limbeck.architecture.cut import (
+    all_layers,
     any_layers,
     keep_layers,
     shape_parameters,
@@ -193,14 +194,15 @@ def make_base(
 
 def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -> PretrainedConfig:
     """Of what students are cut from. Raises RecipeError, SourceError."""
+    named = "recipe.teacher.model" if recipe.teacher.config is None else "recipe.teacher.config"
     if recipe.base is None:
-        return task.read_config(teacher, where="recipe.teacher.model")
+        return task.read_config(teacher, where=named)
     if model is not None:
         return task.read_config(model, where="recipe.base.model")
     assert recipe.base.config is not None
     shared = {}
     if recipe.teacher.estimator is None:
-        theirs = task.read_config(teacher, where="recipe.teacher.model")
+        theirs = task.read_config(teacher, where=named)
         shared = {n: getattr(theirs, n) for n in task.input_fields if hasattr(theirs, n)}
     config = make_config(shared | recipe.base.config, where="recipe.base.config")
     task.adapt(config, where="recipe.base.config")
@@ -274,7 +276,9 @@ class Planner:
     def layers_of(self, n: int) -> tuple[int, ...]:
         """The n layers that matter most."""
         layers = find_axis(self.axes, "layers")
-        return keep_layers(self.scores, n, layers.pinned) if layers else ()
+        if layers is None or not layers.proved:
+            return all_layers(layers)
+        return keep_layers(self.scores, n, layers.pinned)
 
     def timed(self) -> list[dict[str, Any]]:
         return [

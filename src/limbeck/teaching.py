@@ -28,16 +28,14 @@ from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
 from limbeck.run import file_sha256, write_json
-from limbeck.runtime import load_predictor
 from limbeck.signals.capture import capture
 from limbeck.signals.codecs import AnyCodec
 from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
-from limbeck.tasks.estimators import FORMAT, MODEL, is_estimator
+from limbeck.tasks.estimators import black_box, is_estimator
 from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
-from limbeck.teachers.blackbox import BlackBox
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
@@ -127,8 +125,7 @@ def lesson(
 
 def live_teacher(teacher: Path, task: Task) -> Teacher:
     if is_estimator(teacher):
-        path = teacher / MODEL
-        return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
+        return black_box(teacher)
     model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 
@@ -269,7 +266,7 @@ def choose_temperature(
     write_json(folder / "temperature.json", found)
 
 
-def loss_and_accuracy(rows: Rows, model: nn.Module) -> tuple[float, float]:
+def loss_and_accuracy(rows: Rows, model: Callable[..., Any]) -> tuple[float, float]:
     """Mean cross-entropy with the labels, nats, and the share of right answers: of what counts."""
 
     @torch.inference_mode()

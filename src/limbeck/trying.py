@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from limbeck.errors import SourceError
+from limbeck.errors import DataError, SourceError
 from limbeck.recipe import Format
+from limbeck.recipe_task import ArrayTask, kinds, task_of
 from limbeck.runtime import load_predictor
 from limbeck.tasks.columns import Encoding, row_of
 from limbeck.tasks.images import PREPROCESSING, inputs_of
+from limbeck.tasks.time_series import one_series
 
 
 def classify(student: Path, what: str) -> list[tuple[str, float]]:
@@ -24,6 +27,7 @@ def classify(student: Path, what: str) -> list[tuple[str, float]]:
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     about = hf / PREPROCESSING
     inputs = _made_as(about, what) if about.is_file() else _of_text(what, hf)
+    _require_sizes(inputs, config, what)
     logits = load_predictor(path, format, threads=1)(inputs)[0]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
@@ -67,11 +71,35 @@ def _of_text(text: str, hf: Path) -> dict[str, np.ndarray]:
     return {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
 
 
+def _require_sizes(inputs: Mapping[str, np.ndarray], config: Mapping[str, Any], what: str) -> None:
+    """A runtime's own words about a wrong size name no file."""
+    series = inputs.get("series")
+    wanted = (config.get("num_channels"), config.get("length"))
+    if series is not None and series.shape[1:] != wanted:
+        raise DataError(
+            what, f"series of shape {series.shape[1:]}", allowed=f"{wanted}, as those it learnt",
+            fix="cut or fill it to that size",
+        )  # fmt: skip
+
+
 def _made_as(preprocessing: Path, what: str) -> dict[str, np.ndarray]:
     about = json.loads(preprocessing.read_text(encoding="utf-8"))
     if about.get("kind") == "tabular":
         return Encoding.of_json(about).one(row_of(what), "the row")
-    return inputs_of(Path(what), about)
+    if "kind" not in about:
+        return inputs_of(Path(what), about)
+    if about["kind"] == "time-series":
+        return one_series(Path(what))
+    found = task_of(about["kind"])
+    if found is None or not issubclass(found, ArrayTask):
+        raise SourceError(
+            str(preprocessing), f"it is for a task {about['kind']!r}, which nobody registered",
+            allowed=", ".join(kinds()), fix="import the module that registers it first",
+        )  # fmt: skip
+    return {
+        name: np.asarray(one, np.int64 if name == "categories" else np.float32)
+        for name, one in found(**about["settings"]).one(what).items()
+    }
 
 
 def _find(student: Path) -> tuple[Path, Format, Path]:

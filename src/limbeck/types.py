@@ -209,7 +209,9 @@ class SignalsCost:
     chosen: bool
     bytes_per_position: int
     size_bytes: int
-    seconds: float  # of the teacher's pass with encoding, on this machine
+    seconds: float | None
+    """Of the teacher's pass with encoding, on this machine; None: of an estimator, which may not be
+    there yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -90,7 +90,14 @@ def keep_layers(scores: Tensor, n: int, pinned: Sequence[int] = ()) -> tuple[int
 def any_layers(axes: Sequence[Axis], n: int) -> tuple[int, ...]:
     """Some n layers that may be kept together: which ones matters to no size and no speed."""
     axis = find_axis(axes, "layers")
-    return keep_layers(torch.zeros(axis.size), n, axis.pinned) if axis else ()
+    if axis is None or not axis.proved:
+        return all_layers(axis)
+    return keep_layers(torch.zeros(axis.size), n, axis.pinned)
+
+
+def all_layers(axis: Axis | None) -> tuple[int, ...]:
+    """Of a model whose layers cannot go: of one that has but one, say."""
+    return tuple(range(axis.size)) if axis else ()
 
 
 def check_shape(axes: Sequence[Axis], shape: Shape) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from limbeck.architecture.axes import Axis
 from limbeck.architecture.cut import usable
-from limbeck.architecture.space import HARM, Candidate, shape_of
+from limbeck.architecture.space import HARM, Candidate, num_stages, shape_of
 from limbeck.errors import RecipeError
 from limbeck.recipe import BudgetSpec, StudentSpec
 from limbeck.types import Cost, StudentPlan
@@ -36,9 +36,9 @@ def _kept(candidate: Candidate, axes: Sequence[Axis]) -> dict[str, float]:
     of_stages = [
         candidate.sizes[a.name] / a.size
         for a in axes
-        if a.name in candidate.sizes and candidate.stacks and a.name not in HARM
+        if a.name in candidate.sizes and a.name not in HARM
     ]
-    if of_stages:
+    if of_stages and num_stages(axes):
         shares["hidden"] = sum(of_stages) / len(of_stages)
     if candidate.stacks:
         full = sum(a.size for a in axes if a.name in candidate.stacks)

@@ -73,6 +73,12 @@ def candidates(
     ]
 
 
+def num_stages(axes: Sequence[Axis]) -> int:
+    """Of models whose stages have widths of their own; one layer each, where depths are no axes."""
+    fields = {field.partition("[")[2] for axis in axes for field in axis.fields}
+    return len(fields - {""})
+
+
 def _candidate(
     counted: _Counted, axes: Sequence[Axis], sizes: Mapping[str, int], kept: Mapping[str, int],
     depths: Sequence[Axis], overhead: tuple[int, int],
@@ -86,7 +92,7 @@ def _candidate(
         matrices, rest = matrices + own_matrices * share, rest + own_rest * share
         size_bytes += own_bytes * share
     n = sum(kept.values())
-    size_bytes += overhead[0] + overhead[1] * n
+    size_bytes += overhead[0] + overhead[1] * (n or num_stages(axes))
     if depths:
         per_layer = matrices / n
     elif layers := find_axis(axes, "layers"):

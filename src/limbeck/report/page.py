@@ -88,7 +88,8 @@ def _sections(report: Report) -> Iterator[str]:
         yield section("Where they part", said, shown)
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
     if (baselines := baselines_table(report)).rows:
-        said = "The same students made in other ways, and a model that needs no transformer."
+        said = "The same students made in other ways"
+        said += ", and a model that needs no transformer." if report.linear else "."
         yield section("Baselines", said, _sheet(baselines, "Baselines"))
     said = "Measured on the exported files. In brackets: 95 % intervals."
     yield section("All numbers", said, _sheet(models_table(report), "Teacher and students"))

@@ -1,1 +1,5 @@
-"""Tasks: how to read a kind of data, feed it to a model, and score the answers."""
+"""What differs by task. A task of your own: `docs/own_domain.md`."""
+
+from limbeck.recipe_task import ArrayTask, Examples, register
+
+__all__ = ["ArrayTask", "Examples", "register"]

@@ -7,21 +7,26 @@ skops loads no type that was not allowed; pickles are never read. In a run the f
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from limbeck.cache import cache_folder
 from limbeck.errors import MissingExtraError, RecipeError, SourceError
 from limbeck.progress import Progress
 from limbeck.recipe_teacher import EstimatorSpec
-from limbeck.run import replaced, write_json
+from limbeck.run import file_sha256, replaced, write_json
 from limbeck.runtime import load_predictor
 from limbeck.runtime_worker import ESTIMATOR
 from limbeck.tasks.arrays import ArrayClassification, Rows
+from limbeck.teachers.blackbox import BlackBox
 
 MODEL = "model.skops"
 FORMAT = "skops"
@@ -55,8 +60,7 @@ def make_estimator(
         about = _answers(model, task) | fitted
         trusted = skops.io.get_untrusted_types(data=skops.io.dumps(model))
         assert all(name.startswith(("sklearn.", "functools.")) for name in trusted), trusted
-    with replaced(folder / MODEL) as aside:
-        skops.io.dump(model, aside)
+    save_estimator(model, folder / MODEL)
     write_json(folder / ESTIMATOR, {"trusted": trusted, "floor": FLOOR, **about})
     # It answers for each label, by the very file that is asked from now on.
     logits = load_predictor(folder / MODEL, FORMAT, threads=1)(
@@ -69,8 +73,83 @@ def make_estimator(
         )  # fmt: skip
 
 
+def save_estimator(model: Any, path: Path) -> None:
+    """As skops writes it, compressed; the same estimator gives the same bytes.
+
+    skops names an object by its address in memory, and an archive has the time of day.
+    """
+    import skops.io
+
+    numbers: dict[int, int] = {}
+
+    def renamed(node: Any) -> Any:
+        if isinstance(node, list):
+            return [renamed(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        found = {name: renamed(value) for name, value in node.items()}
+        if isinstance(found.get("__id__"), int):
+            found["__id__"] = numbers.setdefault(found["__id__"], len(numbers))
+        if isinstance(found.get("file"), str):
+            found["file"] = file(found["file"])
+        return found
+
+    def file(name: str) -> str:
+        address, dot, ending = name.partition(".")
+        if not address.isdigit():
+            return name
+        return f"{numbers.setdefault(int(address), len(numbers))}{dot}{ending}"
+
+    with replaced(path) as aside, zipfile.ZipFile(io.BytesIO(skops.io.dumps(model))) as made:
+        schema = renamed(json.loads(made.read("schema.json")))
+        contents = {file(name): name for name in made.namelist() if name != "schema.json"}
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as written:
+            for name in sorted(contents):
+                written.writestr(zipfile.ZipInfo(name), made.read(contents[name]),
+                                 zipfile.ZIP_DEFLATED)  # fmt: skip
+            text = json.dumps(schema, indent=1)
+            written.writestr(zipfile.ZipInfo("schema.json"), text, zipfile.ZIP_DEFLATED)
+
+
+def keep_given(model: Any) -> dict[str, Any]:
+    """The recipe's `teacher` for an estimator in memory: saved in the cache, by its content.
+
+    Who hands it over in Python trusts its types. Raises MissingExtraError, and SourceError where
+    skops cannot save it.
+    """
+    try:
+        import skops.io
+    except ImportError as error:
+        raise MissingExtraError.of("distill(teacher=...)", "tabular") from error
+    folder = cache_folder() / "estimators"
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{os.getpid()}.skops"
+    try:
+        save_estimator(model, aside)
+    except Exception as error:  # whatever its types' own code raises
+        raise SourceError(
+            "distill(teacher=...)", f"skops cannot save this {type(model).__name__}: "
+            f"{str(error)[:200] or repr(error)}", allowed="a scikit-learn estimator or the like",
+            fix="hand over the fitted estimator itself",
+        ) from error  # fmt: skip
+    sha256 = file_sha256(aside)
+    path = aside.rename(folder / f"{sha256[:16]}.skops")
+    return {
+        "estimator": {
+            "model": {"uri": str(path), "sha256": sha256},
+            "trusted": skops.io.get_untrusted_types(file=path),
+        }
+    }
+
+
 def is_estimator(folder: Path) -> bool:
     return (folder / ESTIMATOR).is_file()
+
+
+def black_box(folder: Path) -> BlackBox:
+    """The folder's estimator, to be asked."""
+    path = folder / MODEL
+    return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
 
 
 def _load(path: Path, spec: EstimatorSpec) -> Any:

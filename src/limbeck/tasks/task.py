@@ -32,7 +32,9 @@ _KINDS = {
     "image-classification": "limbeck.tasks.image_classification",
     "language-modeling": "limbeck.tasks.language_recipe",
     "tabular": "limbeck.tasks.tabular",
+    "time-series": "limbeck.tasks.time_series",
 }
+_OWN = "limbeck.tasks.examples"  # of kinds that others bring
 
 
 class Rows(Protocol):
@@ -215,7 +217,7 @@ def outline(recipe: Recipe, train: Path, model: Path) -> Outline:
 
 
 def _kind(recipe: Recipe) -> Any:
-    return importlib.import_module(_KINDS[recipe.task.kind])
+    return importlib.import_module(_KINDS.get(recipe.task.kind, _OWN))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from limbeck.types import Batch, Need, Signal
 
@@ -20,6 +21,10 @@ class BlackBox:
     ) -> None:
         self.ask, self.fingerprint = ask, fingerprint
 
-    def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:  # noqa: ARG002 all it has
-        logits = self.ask({name: array.numpy() for name, array in batch.inputs.items()})
+    def __call__(self, **inputs: Tensor) -> Signal:
+        """As a model is called."""
+        logits = self.ask({name: array.numpy() for name, array in inputs.items()})
         return Signal(logits=torch.from_numpy(logits))
+
+    def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:  # noqa: ARG002 all it has
+        return self(**batch.inputs)

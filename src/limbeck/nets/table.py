@@ -1,9 +1,4 @@
-"""Small networks of our own, for rows of a table: plain transformers models, built from a config.
-
-transformers has no architecture for them. These classes are known to its Auto classes once limbeck
-is imported; the exported ONNX files need neither. Field names are transformers', so that the axes
-of a config mean the same here as everywhere (`architecture.probe`).
-"""
+"""A residual network on the columns of a table: numbers and categories."""
 
 from __future__ import annotations
 
@@ -12,32 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from limbeck.nets.parts import Scaled, start_weights
 from limbeck.types import Input
-
-
-class Scaled(nn.Module):
-    """(x - mean) / scale, by what training rows are like: an exported file takes raw numbers."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, size) of the same shape."""
-        return (x - self.mean) / self.scale
-
-    @torch.no_grad()
-    def fit(self, mean: Sequence[float], scale: Sequence[float]) -> None:
-        if len(mean) == len(self.mean):  # a probe of the config changes how many there are
-            self.mean.copy_(torch.as_tensor(mean))
-            self.scale.copy_(torch.as_tensor(scale))
 
 
 class TabularConfig(PretrainedConfig):
@@ -146,33 +120,4 @@ class TabularClassifier(PreTrainedModel):
         return self.body.scaled
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As wide as the input (He et al. 2015); an unknown category says nothing."""
-        if isinstance(module, nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-            with torch.no_grad():
-                module.weight[0].zero_()
-
-
-CLASSES: dict[str, type[Any]] = {TabularConfig.model_type: TabularClassifier}
-for _config in (TabularConfig,):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-
-
-def input_fields(config: PretrainedConfig, inputs: Sequence[Input]) -> dict[str, Any]:
-    """What of a config the data decide. Raises LookupError for arrays that its model does not
-    take."""
-    given = {one.name: one for one in inputs}
-    takes = CLASSES[config.model_type].takes
-    if not given.keys() <= {*takes}:
-        raise LookupError(f"takes {' and '.join(takes)}, not {' and '.join(given)}")
-    fields: dict[str, Any] = CLASSES[config.model_type].fields(given)
-    return fields
-
-
-def serving(inputs: Sequence[Input]) -> tuple[str, ...]:
-    """Which of these networks take such arrays."""
-    names = {one.name for one in inputs}
-    return tuple(kind for kind, made in CLASSES.items() if names <= {*made.takes})
+        start_weights(module)
