@@ -28,7 +28,8 @@ LAYERS = (
     {"family", "shared_adamw", "trimming"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
-        "generating", "on_policy", "judging", "judging_language", "runtime", "runtime_worker",
+        "generating", "on_policy", "cross_tokenizer", "judging", "judging_language", "runtime",
+        "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"chatting"},

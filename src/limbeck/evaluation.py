@@ -5,6 +5,7 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from limbeck._startup import prepare_torch
 from limbeck.findings import artifact_path
 from limbeck.judging import Asked
 from limbeck.linear import linear_predictions
-from limbeck.models import num_parameters
+from limbeck.measure_language import document_bytes
+from limbeck.models import load_tokenizer, num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
@@ -24,6 +26,7 @@ from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
+_SUMS = ("documents", "nll")  # of a language model's answers
 _Said = tuple[Path, str, Path]  # a file, its format, where its answers lie
 
 prepare_torch()
@@ -119,6 +122,33 @@ def compare(
     )  # fmt: skip
     with progress.bar("compare", len(rows), "examples") as bar:
         write_json(folder / "comparison.json", task.judge.compare(theirs, mine, bar.advance))
+
+
+def compare_texts(
+    folder: Path, recipe: Recipe, student: _Said, teacher: _Said, data: Path, progress: Progress,
+    *, teachers: Path,
+) -> None:  # fmt: skip
+    """Of two language models with different tokenizers: bits for each byte of the test texts that
+    both read to their end. Shares of right tokens do not compare.
+
+    `data` are in the student's tokens, `teachers` in the teacher's.
+    """
+    sides = []
+    for (path, format, at), rows_at in ((student, data), (teacher, teachers)):
+        hf = path if format == "hf" else path.parent.parent / "hf"
+        rows: Any = open_task(recipe, rows_at).rows("test")
+        num_bytes = document_bytes(rows, load_tokenizer(hf, where=str(hf)))
+        documents, nll = (np.load(at / f"{n}.npy", allow_pickle=False) for n in _SUMS)
+        sides.append((num_bytes, dict(zip(documents.tolist(), nll.tolist(), strict=True))))
+    (mine, _), (theirs, _) = sides
+    both = [d for d, n in mine.items() if n and theirs.get(d) == n]
+    total = max(1, sum(mine[d] for d in both)) * math.log(2)
+    bits = [sum(nll[d] for d in both) / total for _, nll in sides]
+    progress.say(f"{len(both)} texts in two tokenizers: {bits[0]:.3f} bits a byte, "
+                 f"the teacher {bits[1]:.3f}")  # fmt: skip
+    found = {"student": bits[0], "teacher": bits[1], "n": len(both)}
+    nothing: dict[str, Any] = {"retention": None, "fidelity": None, "capabilities": {}}
+    write_json(folder / "comparison.json", nothing | {"bits_per_byte": found})
 
 
 def _ask(

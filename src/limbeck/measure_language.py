@@ -118,6 +118,22 @@ def token_scores(
     return (*own, forward_kl(logits, theirs), first == theirs.argmax(-1))
 
 
+def document_bytes(rows: Rows, tokenizer: Any) -> dict[int, int]:
+    """UTF-8 bytes of each document's tokens that count, special ones left out, by its number."""
+    found: dict[int, int] = {}
+    for at in range(len(rows)):
+        numbers = rows.documents_at([at])[0].numpy()
+        counted = rows.counted[at].copy()
+        counted[rows.starts[at]] = False  # what begins a document follows from nothing
+        for number in np.unique(numbers[counted]).tolist():
+            ids = rows.tokens[at][counted & (numbers == number)].tolist()
+            text = tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            found[number] = found.get(number, 0) + len(text.encode())
+    return found
+
+
 def ratio(
     sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int = _RESAMPLES
 ) -> Interval:

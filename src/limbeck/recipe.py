@@ -238,6 +238,7 @@ class Recipe(Spec):
             if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
                 raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
                                  "label: a `divergence` of its own")  # fmt: skip
+        self._check_uld()
         self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
@@ -294,6 +295,33 @@ class Recipe(Spec):
                     "students cut from an elastic run alone: `trained: false`, or another budget"
                 )
         return self
+
+    def _check_uld(self) -> None:
+        """Students of another tokenizer: what else they can be taught by."""
+        distill = self.distill
+        if not self.of_another_tokenizer:
+            return
+        if self.task.has_labels or self.base is None or self.base.model is None:
+            raise ValueError("`distill.divergence` uld is for language-modeling with students of "
+                             "another tokenizer: a `base.model`, or something else")  # fmt: skip
+        if self.data.messages is not None:
+            raise ValueError("`data.messages` are other words in each tokenizer's chat template, "
+                             "which uld cannot hold against each other: `prompt` and `completion`, "
+                             "or `text`")  # fmt: skip
+        idle = {
+            "distill.standardize": distill.standardize, "distill.hidden": distill.hidden,
+            "distill.embedding": distill.embedding, "distill.on_policy": distill.on_policy,
+            "signals": self.signals != SignalsSpec(),
+        }  # fmt: skip
+        for name, given in idle.items():
+            if given:
+                raise ValueError(f"`{name}` has no effect on students of another tokenizer: leave "
+                                 "it out")  # fmt: skip
+
+    @property
+    def of_another_tokenizer(self) -> bool:
+        """Whether students read other tokens than their teacher."""
+        return self.distill.divergence.kind == "uld"
 
     def _check_elastic(self) -> None:
         distill, cut = self.distill, [s for s in self.students if not s.trained]
