@@ -61,7 +61,7 @@ class Stretches:
 
     tokens: Tensor  # (N, T) int64
 
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -19,9 +19,10 @@ language model of `decoder.yaml`.
 Settings are chosen with `--split validation --far --seeds 1`. A quarter of those rows are near
 copies of training rows (they answer in the same threads) while the test rows were written later;
 so accuracy and loss are also given on the `far` half: the rows whose nearest training row, by the
-cosine of TF-IDF over tokens, is further away than the median. Ablations of the family: `--policy`,
-`--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--sort`, `--hard`, `--own`; with `--what
-elastic` the family alone is trained, and pilots say what the dedicated ones would cost.
+cosine of TF-IDF over tokens, is further away than the median. `--first 1 --largest 0` is what the
+pipeline does: the largest alone, for its share of the cost, then the others in its weights. More
+ablations: `--policy`, `--rate`, `--rates`, `--shares`, `--late`, `--switch`, `--unsorted`,
+`--hard`; with `--what elastic` only the family is trained, and pilots say what the others cost.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from limbeck.architecture.axes import Axis, find_axis
 from limbeck.architecture.cut import keep_layers
 from limbeck.architecture.importance import load_importance
 from limbeck.elastic import Sampling
-from limbeck.family import OWN, Family
+from limbeck.family import Family
 from limbeck.losses.divergence import forward_kl
 from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
@@ -80,7 +81,6 @@ class Setting:
     shapes: Mapping[str, Shape]
     lesson: Mapping[str, Any]
     rows: Rows
-    own: str = "none"
 
     @property
     def batch_size(self) -> int:
@@ -88,9 +88,7 @@ class Setting:
 
     def family(self, names: str) -> Family:
         shapes = {name: self.shapes[name] for name in names}
-        return Family(
-            self.config, self.task.build, self.axes, shapes, self.state, own=self.own
-        )
+        return Family(self.config, self.task.build, self.axes, shapes, self.state)
 
     def from_random_weights(self, seed: int) -> Setting:
         torch.manual_seed(seed)
@@ -124,7 +122,7 @@ def prepared(run: Path, *, is_sorted: bool = True, hard: bool = False) -> Settin
         sizes = {"hidden": heads * hidden.size // _HEADS, "heads": heads}
         sizes["ffn"] = width * ffn.size // _FFN
         shapes[name] = Shape(sizes, keep_layers(scores.layers, layers))
-    lesson = teaching.hard_labels() if hard else teaching.lesson(recipe, None, places)
+    lesson = teaching.hard_labels(recipe) if hard else teaching.lesson(recipe, None, places)
     lesson |= {"spec": recipe.distill.training, "balance": "fixed", "looks": 0}
     return Setting(task, config, axes, state, shapes, lesson, task.rows("train"))
 
@@ -217,8 +215,11 @@ def main() -> None:
     parser.add_argument("--shares", type=float, default=0.0, metavar="POWER", help="of the cost")
     parser.add_argument("--late", type=float, metavar="POWER", help="shares from --switch on")
     parser.add_argument("--switch", type=float, default=0.7, help="part of the steps")
+    parser.add_argument("--first", type=float, default=0.0, metavar="PART",
+                        help="of its steps: the largest alone, before the family")
+    parser.add_argument("--largest", type=float, default=1.0, metavar="SHARE",
+                        help="how often the largest is drawn, another 1")
     parser.add_argument("--unsorted", action="store_true", help="prefixes of the unsorted teacher")
-    parser.add_argument("--own", choices=OWN, default="none", help="what each size has of its own")
     parser.add_argument("--hard", action="store_true", help="hard labels alone")
     options = parser.parse_args()
     if options.quick:
@@ -233,7 +234,6 @@ Results = dict[str, list[Found]]  # 'dedicated', 'random', 'elastic 0.5' -> by s
 
 def compared(options: argparse.Namespace) -> Results:
     setting = prepared(options.run, is_sorted=not options.unsorted, hard=options.hard)
-    setting = replace(setting, own=options.own)
     names = "".join(setting.shapes)
     rows = rows_of(options.run, options.split)
     rows = rows.sample(options.rows, seed=0)
@@ -274,8 +274,21 @@ def compared(options: argparse.Namespace) -> Results:
         pilot = setting.family(names)
         mean = setting.trained(pilot, _PILOT, options.rate, seed, sampling) / _PILOT
         for cost in options.cost:
-            family, count = setting.family(names), round(cost * whole / mean)
-            taken = setting.trained(family, count, options.rate, seed, sampling)
+            family, taken = setting.family(names), 0.0
+            largest = names[0]
+            part, rate = options.first * seconds[largest] / whole, rates[largest]
+            if part:
+                first = round(cost * options.first * steps)
+                alone = setting.family(largest)
+                taken = setting.trained(alone, first, rate, seed, Sampling())
+                for own, weight in alone.weights.items():
+                    family.weights[own].copy_(weight)
+                print(f"first the largest alone, {first} steps, {judged(alone)[1]}", flush=True)
+            count = round(cost * (1 - part) * whole / mean)
+            taken += setting.trained(family, count, options.rate, seed, sampling)
+            if part:
+                print(f"the largest as the family leaves it: {judged(family)[1]}", flush=True)
+                family.sizes[largest] = alone.sizes[largest]
             found, text = judged(family)
             results.setdefault(f"elastic {cost:g}", []).append(found)
             print(f"seed {seed}, elastic {cost:g}: {text}; {count} steps, {taken:.0f} CPU s, "
@@ -306,8 +319,10 @@ def sampling_of(
     if options.rates is not None:
         most = max(size.work for size in family.sizes.values())
         rates = {n: (most / s.work) ** options.rates for n, s in family.sizes.items()}
+    shares = {n: s**options.shares for n, s in seconds.items()}
+    largest = next(iter(family.sizes))
     return Sampling(
-        policy=options.policy, shares={n: s**options.shares for n, s in seconds.items()},
+        policy=options.policy, shares={**shares, largest: options.largest * shares[largest]},
         late_shares=late, switch=options.switch, rates=rates,
     )  # fmt: skip
 

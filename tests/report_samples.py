@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from base64 import b64encode
+
+import numpy as np
 
 from limbeck.report import (
+    Answer,
     Artifact,
     Baselines,
     BudgetEntry,
@@ -15,6 +19,7 @@ from limbeck.report import (
     FrontierPoint,
     Latency,
     Parity,
+    Parting,
     Quality,
     Report,
     Retention,
@@ -25,6 +30,7 @@ from limbeck.report import (
     TrainingPoint,
     UnitImportance,
 )  # fmt: skip
+from limbeck.tasks.images import png
 
 EVIL = "<script>alert(1)</script> | \"quoted\" 'single' `tick` [a](b) *x*"
 NEWSGROUPS = [
@@ -192,7 +198,28 @@ def frontier(students: tuple[StudentEntry, ...]) -> tuple[FrontierPoint, ...]:
     return tuple(found)
 
 
+def pictured() -> Report:
+    """A report on images, two students of which part with the teacher."""
+    labels = ["T-shirt", "trouser", "pullover", EVIL]
+    report, found = make_report(("large", "small", "like the teacher"), labels), []
+    for n, kept in enumerate(report.students):
+        examples = []
+        for i in range(4 if n < 2 else 0):
+            pixels = np.random.default_rng(n + i).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+            image = "data:image/png;base64," + b64encode(png(pixels)).decode()
+            sure = [Answer(label=labels[k], probability=p) for k, p in ((i, 0.7), (3 - i, 0.2))]
+            examples.append(
+                Parting(
+                    image=image, label=labels[(i + n) % 4], teacher=tuple(sure),
+                    student=tuple(sure[::-1]), kl=2.5 - i / 2,
+                )
+            )  # fmt: skip
+        found.append(kept.model_copy(update={"partings": tuple(examples)}))
+    return report.model_copy(update={"students": tuple(found)})
+
+
 CASES = {
+    "images": pictured(),
     "usual": make_report(),
     "one student, two classes": make_report(("only",), ["no", "yes"]),
     "twelve students": make_report(tuple(f"student-{i}" for i in range(12))),

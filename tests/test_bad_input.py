@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick")
     ("change", "where", "words"),
     [
         ("distill.temprature=2", "recipe.distill.temprature", ["did you mean 'temperature'?"]),
-        ("colour=red", "recipe.colour", ["no such setting", "teacher, base, signals, distill"]),
+        ("colour=red", "recipe.colour", ["no such setting", "base, importance, signals, distill"]),
         ("data.test=rows.csv", "recipe.data", ["test_fraction", "no effect"]),
         ("measure.secondary_rows=5", "recipe", ["secondary_rows", "no effect"]),
         ("task.max_tokens=many", "recipe.task.max_tokens", ["'many'", "integer"]),

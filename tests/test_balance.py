@@ -20,7 +20,7 @@ CLASSES = 5
 
 
 class Rows:
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self):
         return 64

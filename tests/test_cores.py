@@ -52,7 +52,7 @@ class Rows:
         draw = torch.Generator().manual_seed(0)
         self.tokens = [torch.randint(4, 90, (3 + i % 5,), generator=draw) for i in range(12)]
 
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self) -> int:
         return 12

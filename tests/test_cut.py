@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from limbeck.architecture.axes import Axis, Group, Member, find_axis
+from limbeck.architecture.blank import NothingDrawn
 from limbeck.architecture.cut import (
     build_student,
     check_shape,
@@ -233,6 +234,21 @@ def test_a_weight_that_was_never_set_is_caught(teacher):
 def test_building_a_student_leaves_the_random_state_alone(teacher):
     before = torch.get_rng_state()
     student(teacher.state_dict(), SMALL)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_are_overwritten_are_not_drawn():
+    before = torch.get_rng_state()
+    with NothingDrawn():
+        model = build(bert_config())
+        drawn = torch.empty(8).normal_()  # no parameter
+    assert not torch.equal(torch.get_rng_state(), before)
+    assert len(drawn.unique()) == 8
+    position_ids = model.bert.embeddings.position_ids
+    assert torch.equal(position_ids, torch.arange(position_ids.numel()).view(1, -1))
+    torch.set_rng_state(before)
+    with NothingDrawn():
+        build(bert_config())
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -56,7 +56,7 @@ def batch(start, end):
 
 
 class Eight:
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self):
         return 8

@@ -12,7 +12,7 @@ from limbeck.layermap import by_cka, last, layer_pairs, similarities, uniform
 from limbeck.losses.hidden import relation_kl
 from limbeck.losses.relational import cka, rkd_angle, rkd_distance
 from limbeck.objective import Objective
-from limbeck.observe import Observer
+from limbeck.observe import Observer, by_place, tokens
 from limbeck.progress import Silent
 from limbeck.recipe_teaching import TrainingSpec
 from limbeck.step import Step, Training, start_features
@@ -24,7 +24,7 @@ ALL = frozenset({Need.LOGITS, Need.HIDDEN, Need.EMBEDDING})
 
 
 class Rows:
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self):
         return 48
@@ -72,6 +72,26 @@ def by_hand(loss, ours, theirs, mask):
     if loss == "cosine":
         return 1 - F.cosine_similarity(a, b).mean()
     return 1 - cka(a, b)
+
+
+def test_states_of_an_image_are_the_means_of_its_quarters_whatever_the_architecture():
+    maps = states(3, 5, 4, 6, seed=0)
+    found = by_place(maps)
+    assert found.shape == (3, 4, 5)
+    wanted = [maps[:, :, y : y + 2, x : x + 3].mean((2, 3)) for y in (0, 2) for x in (0, 3)]
+    assert torch.allclose(found, torch.stack(wanted, 1), atol=1e-6)
+    square = states(3, 5, 4, 4, seed=1)
+    patches = square.flatten(2).transpose(1, 2)  # (B, 16, D), in reading order
+    for others in (0, 1, 2):  # class and distillation tokens stand before the patches
+        sequence = torch.cat([torch.full((3, others, 5), 99.0), patches], 1)
+        assert torch.allclose(by_place(sequence), by_place(square), atol=1e-6)
+    one = by_place(square[:, :, :1, :1])
+    assert torch.equal(one, by_place(square[:, :, 0, 0])) and one.shape == (3, 4, 5)
+    images = Batch(
+        inputs={"pixel_values": states(3, 1, 8, 8, seed=2)}, labels=torch.arange(3),
+        mask=torch.ones(3).bool(), example_ids=torch.arange(3),
+    )  # fmt: skip
+    assert tokens(images).shape == (3, 4) and tokens(images).all()
 
 
 @pytest.mark.parametrize("loss", HIDDEN)

@@ -52,7 +52,7 @@ def causal(config, seed=0):
 
 
 class Rows:
-    num_views = 1
+    num_views, num_together = 1, 32
 
     def __len__(self):
         return 24

@@ -74,6 +74,7 @@ def done(tmp_path_factory):
     )
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["task"] |= {"unreadable": "skip"}
+    recipe["task"]["augment"]["mixup"] = 0.2
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "pictures/kind 0/001.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
 
@@ -186,6 +187,40 @@ def test_an_elastic_family_with_statistics_and_a_student_between(tmp_path):
     folder = folder / "out/students/cut/hf"
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert all(norm.num_batches_tracked > 0 for norm in norms_of(model))
+
+
+def test_a_net_of_another_family_learns_projected_features_that_were_stored(tmp_path):
+    vit = {"model_type": "vit", "image_size": 16, "patch_size": 4, "num_channels": 1,
+           "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "intermediate_size": 32}  # fmt: skip
+    training = {"epochs": 3, "batch_size": 32, "learning_rate": 1e-2}
+    folder = make_image_world(
+        tmp_path, teacher={"config": vit, "tune": {**training, "learning_rate": 3e-3}},
+        base={"config": RESNET},
+        distill={"training": training, "embedding": {"loss": "mse"},
+                 "hidden": {"loss": "cosine", "layers": "last"}},
+    )  # fmt: skip
+    with quickly():
+        report = limbeck.distill(folder / "recipe.yaml", folder / "out")
+    (student,), run = report.students, folder / "out"
+    assert "student's layer from teacher's: 2 from 2" in student.reason
+    points = report.training["one"]
+    for term in ("hidden", "embedding"):
+        assert points[-1].terms[term] < 0.9 * points[0].terms[term]
+    recipe, _ = load_recipe(run)
+    task = open_task(recipe, run / "data")
+    made_from = signal_origins(task, run / "teacher/hf", run / "data")
+    every = AllViews(task.rows("train"))
+    batch = every.batch(range(len(every) - 40, len(every)))  # of the last view
+    model = task.load(run / "teacher/hf", where="x").eval()
+    with torch.inference_mode():
+        last = model(**batch.inputs, output_hidden_states=True).hidden_states[-1]  # (B, 17, D)
+    corner = last[:, 1:].unflatten(1, (4, 4))[:, :2, 2:].mean((1, 2))  # above, right
+    found, _ = open_store(run / "features/hidden", made_from=made_from).vectors(batch.example_ids)
+    assert torch.allclose(found["2"].unflatten(0, (40, 4))[:, 1], corner, atol=5e-3)
+    means = open_store(run / "features/embedding", made_from=made_from)
+    found, _ = means.vectors(batch.example_ids)
+    assert torch.allclose(found["embedding"], last[:, 1:].mean(1), atol=5e-3)
 
 
 # Statistics

@@ -1,7 +1,9 @@
 """Images: where they come from, what is refused and how, and views that follow from their keys."""
 
+import base64
 import gzip
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -14,13 +16,23 @@ import torch
 from PIL import Image
 
 from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.evaluation import partings
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import read_json, write_json
 from limbeck.tasks.image_classification import Rows, open_task, prepare
 from limbeck.tasks.image_files import read_idx, read_images
-from limbeck.tasks.images import augmented, drawn, inputs_of, pixels_of, tensor_of, transform
+from limbeck.tasks.images import (
+    augmented,
+    drawn,
+    inputs_of,
+    pixels_of,
+    png,
+    reduced,
+    tensor_of,
+    transform,
+)
 from limbeck.tasks.task import AllViews
 from tiny_images import RESNET, pattern, write_images
 
@@ -169,6 +181,39 @@ def test_a_damaged_image_is_named_and_left_out_only_on_demand(pictures, tmp_path
     assert 27 not in {place for rows in splits for place in rows.places.tolist()}
 
 
+def test_of_ten_thousand_images_the_damaged_one_is_named_and_the_others_are_kept(tmp_path):
+    kinds = [encoded(pattern(label, 0)) for label in range(3)]
+    content = [kinds[i % 3] for i in range(10_000)]
+    ways = {7_000: kinds[1][:-30], 7_003: b"GIF89a", 7_006: kinds[1].replace(b"IDAT", b"IDOT")}
+    for row, damaged in ways.items():
+        content[row] = damaged
+    labels = [str(i % 3) for i in range(10_000)]
+    path = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"image": content, "label": labels}), path)
+    with pytest.raises(DataError, match=r"recipe\.data\.train, row 7,?00[147]: does not decode"):
+        prepared(tmp_path, path, recipe())
+    task, about = prepared(tmp_path, path, recipe({"unreadable": "skip"}))
+    assert sum(about["rows"].values()) == 9_997
+    (warning,) = (w for w in about["warnings"] if "damaged" in w)
+    assert warning.startswith("3 damaged images were left out: ")
+    assert {*re.findall(r"row (\d+) \(", warning)} == {"7001", "7004", "7007"}
+    kept = np.concatenate([task.rows(s).places for s in ("train", "validation", "test")])
+    assert {*range(10_000)} - {*kept.tolist()} == {*ways}
+
+
+def test_more_damaged_images_than_can_be_named_are_counted(pictures, tmp_path):
+    for i in range(8):
+        (pictures / "kind 1" / f"{i:03}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    _, about = prepared(tmp_path, pictures, recipe({"unreadable": "skip"}))
+    (warning,) = (w for w in about["warnings"] if "damaged" in w)
+    assert warning.startswith("8 damaged images") and warning.count(".png") == 5
+    assert warning.endswith("; and 3 more.")
+    for file in (pictures / "kind 1").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of the images of kind 1 decodes"):
+        prepared(tmp_path, pictures, recipe({"unreadable": "skip"}))
+
+
 @pytest.mark.parametrize(
     ("array", "channels", "said"),
     [
@@ -251,13 +296,28 @@ def test_a_model_that_does_not_take_such_images_is_refused_at_once(pictures, tmp
         ({"data": {"text": "body"}}, "`data.text` has no effect for image-classification"),
         ({"evidence": {"linear": True}}, "`evidence.linear` is a model on words"),
         ({"teacher": {"config": RESNET}}, "`config` alone knows nothing; allowed: add `tune`"),
-        ({"teacher": {"tune": {"epochs": 1, "learning_rate": 0.1}}}, "either `model` or `config`"),
+        (
+            {"teacher": {"tune": {"epochs": 1, "learning_rate": 0.1}}},
+            "either `model`, `config` or `estimator`",
+        ),
         ({"task": {"mean": [0.1, 0.2]}}, "`mean` has 2 values; allowed: 1"),
         ({"task": {"augment": {"views": 4}}}, "`augment` draws nothing"),
         ({"task": {"augment": {"shift": 16}}}, "out of sight"),
         ({"task": {"max_tokens": 16}}, "recipe.task.max_tokens: no such setting"),
         ({"task": {"kind": "poetry"}}, r"recipe.task.kind: 'poetry' is not allowed; allowed: text"),
-        ({"distill": {"embedding": {"loss": "mse", "weight": 1}}}, "is for tokens"),
+        (
+            {"task": {"augment": {"mixup": 0.2}}, "distill": {"divergence": "dkd"}},
+            "dkd` parts one label",
+        ),
+        (
+            {
+                "distill": {
+                    "hard_weight": 0,
+                    "training": {"epochs": 1, "learning_rate": 0.1, "label_smoothing": 0.1},
+                }
+            },
+            "label_smoothing` has no effect",
+        ),
     ],
 )
 def test_settings_without_an_effect_on_images_are_refused(change, said):
@@ -307,6 +367,39 @@ def test_a_file_alone_gives_what_the_prepared_row_gives(pictures, tmp_path):
     assert np.array_equal(alone, rows.batch([2]).inputs["pixel_values"].numpy())
 
 
+# Pictures
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 1), (7, 7, 3)])
+def test_a_picture_is_what_a_decoder_reads_again(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    found = np.asarray(Image.open(io.BytesIO(png(pixels))))
+    assert np.array_equal(found.reshape(shape), pixels)
+    assert np.array_equal(reduced(pixels, 8), pixels)
+    large = np.kron(pixels, np.ones((4, 4, 1), np.uint8))
+    assert np.array_equal(reduced(large, shape[0]), pixels)
+    assert reduced(large, shape[0] + 1).shape == (shape[0], shape[0], shape[2])
+
+
+def test_the_images_that_are_shown_are_those_furthest_apart_of_the_parted():
+    one = rows()
+    random = np.random.default_rng(1)
+    teacher, student = (random.normal(0, 3, (12, 3)).astype(np.float32) for _ in range(2))
+    found = partings(one, teacher, student, ["a", "b", "c"])
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher, student))
+    apart = (p * np.log(p / q)).sum(1)
+    wanted = [i for i in np.argsort(-apart) if p[i].argmax() != q[i].argmax()][:8]
+    assert len(wanted) > 3
+    for said, i in zip(found, wanted, strict=True):
+        assert said["kl"] == pytest.approx(apart[i], rel=1e-4)
+        assert said["label"] == "abc"[one.labels[i]]
+        encoded = base64.b64decode(said["image"].removeprefix("data:image/png;base64,"))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), one.pixels[i, ..., 0])
+        for who, probs in (("teacher", p[i]), ("student", q[i])):
+            assert [a["label"] for a in said[who]] == ["abc"[k] for k in np.argsort(-probs)]
+            assert said[who][0]["probability"] == pytest.approx(probs.max(), rel=1e-4)
+
+
 # Views
 
 
@@ -314,7 +407,7 @@ def rows(n: int = 12, views: int = 4, seed: int = 0, **settings) -> Rows:
     images = np.stack([pattern(i % 3, i) for i in range(n)])[..., None]
     augment = AugmentSpec(**({"flip": True, "shift": 2} | settings), views=views)
     places = np.arange(n, dtype=np.int64) * 3 + 5
-    return Rows(places, np.zeros(n, np.int64), images, [0.5], [0.5], augment, seed)
+    return Rows(places, np.arange(n) % 3, images, [0.5], [0.5], augment, seed)
 
 
 def test_a_view_follows_from_seed_example_and_number_alone():
@@ -355,6 +448,31 @@ def test_all_draws_come_and_do_what_they_say():
         assert np.array_equal(found, wanted)
 
 
+def test_mixed_views_follow_from_their_keys_and_say_what_they_are_mixed_of():
+    one = rows(flip=False, shift=0, mixup=0.8)
+    every = AllViews(one).batch(range(48))
+    first = tensor_of(one.pixels, [0.5], [0.5])
+    assert (every.mixed.share[:12] == 0).all(), "the first view is the image as it is"
+    assert 0 < every.mixed.share[12:].max() <= 0.5 and len({*every.mixed.share.tolist()}) == 37
+    for position in range(48):
+        share, image = float(every.mixed.share[position]), first[position % 12]
+        found = every.inputs["pixel_values"][position]
+        of = [i for i in range(12) if torch.allclose(found, image.lerp(first[i], share))]
+        assert share == 0 or [one.labels[i] for i in of] == [every.mixed.labels[position]]
+    few = one.sample(5, seed=1)  # partners are drawn from all of them
+    at = one.places.tolist().index(few.places[3])
+    for view in range(4):
+        part = few.batch([view * 5 + 3]).inputs["pixel_values"][0]
+        assert torch.equal(part, every.inputs["pixel_values"][view * 12 + at])
+    shifted = rows(mixup=0.8)
+    plain = AllViews(rows()).batch(range(48)).inputs["pixel_values"]
+    mixed = AllViews(shifted).batch(range(48))
+    for position in range(12, 48):  # both are shown in the same view
+        others = plain[position - position % 12 :][:12]
+        found, share = mixed.inputs["pixel_values"][position], mixed.mixed.share[position]
+        assert any(torch.allclose(found, plain[position].lerp(o, share)) for o in others)
+
+
 def test_the_preprocessing_says_whatever_changes_an_input(tmp_path):
     def of(seed: int = 0, **task) -> object:
         from limbeck.tasks.image_classification import ImageClassification
@@ -366,6 +484,7 @@ def test_the_preprocessing_says_whatever_changes_an_input(tmp_path):
     found = [
         of(), of(mean=[0.1]), of(std=[0.1]), of(fit="stretch"), of(**views), of(1, **views),
         of(augment={"flip": True, "shift": 1, "views": 4}),
+        of(augment={"flip": True, "shift": 1, "views": 3, "mixup": 0.2}),
     ]  # fmt: skip
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
     assert of() == of(1), "without views nothing is drawn"

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from limbeck.architecture.axes import find_axis
 from limbeck.architecture.cut import build_student, full_shape, keep_layers, sort_units
 from limbeck.architecture.importance import importance, load_importance
+from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.resuming import Layers
 from limbeck.errors import RecipeError
 from limbeck.progress import Silent
 from limbeck.recipe import ImportanceSpec
@@ -150,6 +153,59 @@ def test_layers_are_scored_by_the_loss_without_them(teacher):
             without = sum(loss_of(student, batch) for batch in given) / len(given)
             rise = (without - plain).item()
             assert found.layers[dropped].item() == pytest.approx(rise, rel=1e-3, abs=1e-5)
+
+
+class _Layer(nn.Module):
+    """Adds to what it is given; `beside` is told too, where there is one."""
+
+    def __init__(self, beside: list | None) -> None:
+        super().__init__()
+        self.linear, self.beside, self.runs = nn.Linear(4, 4), beside, 0
+
+    def forward(self, x):
+        self.runs += 1
+        found = self.linear(x).tanh()
+        if self.beside is not None:
+            self.beside.append(found)
+            found = sum(self.beside)
+        return x + found
+
+
+class _Stack(nn.Module):
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.beside = [] if shared else None
+        self.layers = nn.ModuleList(_Layer(self.beside) for _ in range(5))
+
+    def forward(self, x):
+        if self.beside is not None:
+            self.beside.clear()
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("shared", "runs"), [(False, 5 + 3 + (5 + 4 + 3 + 2 + 1)), (True, 5 + 3 + 25)]
+)
+def test_layers_before_a_skipped_one_are_not_run_again_unless_they_do_more(shared, runs):
+    model = _Stack(shared)
+    x = torch.randn(6, 4)
+    batch = Batch(inputs={"x": x}, labels=torch.zeros(6), mask=torch.ones(6), example_ids=x)
+
+    def loss(batch):
+        return model(**batch.inputs).square().mean()
+
+    layers = Layers(model, [f"layers.{i}" for i in range(5)])
+    with layers.open():
+        found = layers.rises(loss, batch)
+    assert sum(layer.runs for layer in model.layers) == runs
+    with torch.no_grad():
+        plain = loss(batch)
+        for at in range(5):
+            with skipped(model, f"layers.{at}"):
+                assert found[at] == pytest.approx(float(loss(batch) - plain), abs=1e-6)
 
 
 def test_a_layer_that_does_nothing_is_dropped_first():

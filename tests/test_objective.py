@@ -1,5 +1,7 @@
 """The loss contract: values, gradients, and what must not matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from limbeck.losses.ranking import ranking
 from limbeck.objective import Objective, total
 from limbeck.signals.codecs import Sampled, TopK
 from limbeck.temperature import Fixed, PerExample, Schedule, temperature_of_entropy
-from limbeck.types import Batch, Signal
+from limbeck.types import Batch, Mixed, Signal
 
 
 def logits(*shape, seed, scale=3.0):
@@ -47,6 +49,26 @@ def test_cross_entropy_equals_torch():
     q = logits(20, 5, seed=2)
     expected = F.cross_entropy(q, batch(20).labels, reduction="none")
     torch.testing.assert_close(cross_entropy(q, batch(20).labels), expected)
+    expected = F.cross_entropy(q, batch(20).labels, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(cross_entropy(q, batch(20).labels, smoothing=0.2), expected)
+
+
+def test_hard_labels_of_mixed_examples_count_by_their_shares():
+    student, plain = logits(6, 5, seed=7), batch(6, torch.arange(6) != 2)
+    mixed = Mixed(
+        labels=torch.tensor([3, 3, 0, 1, 4, 2]),
+        share=torch.tensor([0, 0.5, 0.1, 0.2, 0.5, 0.3]),
+    )
+    one = replace(plain, mixed=mixed)
+    probs = F.one_hot(one.labels, 5) * (1 - mixed.share[:, None])
+    probs = probs + F.one_hot(mixed.labels, 5) * mixed.share[:, None]
+    for smoothing in (0.0, 0.1):
+        objective = Objective(smoothing=smoothing)
+        found = objective.terms(Signal(logits=student), Signal(), one)["hard"]
+        wanted = F.cross_entropy(
+            student[one.mask], probs[one.mask], reduction="sum", label_smoothing=smoothing
+        )
+        torch.testing.assert_close(found.total, wanted)
 
 
 OBJECTIVE = Objective(temperature=Fixed(2.0), soft_weight=1.0, hard_weight=0.5)

@@ -237,7 +237,7 @@ def test_a_run_learns_from_its_own_texts_and_says_so(world, run):
     points = report.training[name]
     assert {key for p in points for key in p.terms} == {"soft", "hard", "on_policy"}
     assert all((p.loss is None) == ("on_policy" in p.terms) for p in points)
-    told = [line for line in said if "texts of its own" in line]
+    told = [line for line in said if line.startswith(name) and "texts of its own" in line]
     assert len(told) == 1 and re.fullmatch(rf"{name}: \d+ texts .*, \d+% of its .*", told[0])
     assert any(w.startswith(f"{name}: writing texts of its own took") for w in report.warnings)
     page = (world / "out/report.html").read_text()

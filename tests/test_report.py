@@ -20,6 +20,7 @@ import limbeck.report
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.report import (
     BudgetEntry,
+    Parting,
     Report,
     TeacherEntry,
     TrainingPoint,
@@ -159,7 +160,7 @@ def test_markdown_shows_a_hostile_name_literally() -> None:
 class _Page(HTMLParser):
     """Collects what matters: tags, attributes, text; and that every tag is closed."""
 
-    VOID = frozenset({"meta", "wbr"})
+    VOID = frozenset({"meta", "wbr", "img"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -189,9 +190,12 @@ def test_page_is_whole_and_reaches_for_nothing(report) -> None:
     text = page(report)
     found = _Page(text)
     assert not found.open
-    for tag in ("script", "link", "img", "iframe", "object", "base", "form", "a"):
+    for tag in ("script", "link", "iframe", "object", "base", "form", "a"):
         assert tag not in found.tags
-    assert not {name for name, _ in found.attributes} & {"src", "href", "xlink:href", "action"}
+    assert not {name for name, _ in found.attributes} & {"href", "xlink:href", "action"}
+    data = "data:image/png;base64,"
+    assert all(value.startswith(data) for name, value in found.attributes if name == "src")
+    text = re.sub(f"{data}[^\"]*", "", text)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     for outside in ("http:", "https:", "//cdn", "@import", "url(", "nan", "Infinity"):
         assert outside not in text.lower().replace("financ", ""), outside
@@ -206,6 +210,32 @@ def test_page_has_a_title_labels_and_a_table_for_every_chart() -> None:
     for figure in figures:
         assert "<figcaption>" in figure and 'class="axis"' in figure
         assert "<title>" in figure and "<details>" in figure and "<table>" in figure
+
+
+def test_pictures_on_which_a_student_parts_are_on_the_page_and_told_in_the_text() -> None:
+    report = CASES["images"]
+    shown = page(report)
+    found = _Page(shown)
+    assert found.tags.count("img") == 8 and "img-src data:" in shown
+    sources = [value for name, value in found.attributes if name == "src"]
+    for source, parting in zip(
+        sources, (p for s in report.students for p in s.partings), strict=True
+    ):
+        assert source == parting.image
+    words = html.unescape(re.search(r"<section><h2>Where they part.*?</section>", shown, re.S)[0])
+    assert words.count("<article") == 2, "none for the student that never parts"
+    assert "<b>trouser</b>" in words and "70\u00a0%" in words
+    assert "Where they part" not in page(CASES["usual"])
+    n = report.students[0].fidelity.n
+    said = f"large parts with the teacher on {round(0.1 * n):,} of {n:,} images"
+    assert said in markdown(report) and "Where they part" not in markdown(CASES["usual"])
+
+
+def test_a_picture_is_a_png_in_the_report_itself() -> None:
+    good = CASES["images"].students[0].partings[0].model_dump()
+    for image in ("https://a.org/a.png", 'data:image/png;base64,A" onload="x', "data:text/html,x"):
+        with pytest.raises(ValidationError, match="image"):
+            Parting.model_validate({**good, "image": image})
 
 
 def test_a_hostile_class_name_is_text() -> None:

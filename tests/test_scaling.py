@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import limbeck
-from limbeck import scaling
+from limbeck import scaling, teaching
 from limbeck.cli import main
 from limbeck.errors import RecipeError, RunFolderError
 from limbeck.progress import Silent
@@ -57,7 +57,7 @@ def student(run: Path, name: str) -> torch.Tensor:
 def test_one_training_makes_all_students(run):
     report = limbeck.load_report(run)
     assert {"family", "small/dedicated"} <= report.training.keys()
-    assert not {"small", "large"} & report.training.keys()
+    assert "large" in report.training and "small" not in report.training
     family = limbeck.load_family(run)
     assert [*family.sizes] == ["large", "small"]  # the largest first, whatever the recipe's order
     for name in family.sizes:
@@ -68,11 +68,45 @@ def test_one_training_makes_all_students(run):
     assert torch.equal(wide[:, : narrow.shape[1]], narrow)  # one set of weights
     log = (run / "family/training.jsonl").read_text().splitlines()
     turns = [json.loads(line)["sizes"] for line in log]
-    assert {name for turn in turns for name in turn} <= {"large", "small"}
-    steps = report.training["family"][-1].step
-    alone = report.training["small/dedicated"][-1].step
-    assert abs(steps - 1.5 * alone) <= 1  # its two epochs, and the large one's one
+    assert {name for turn in turns for name in turn} == {"small"}  # the large one has had its own
+    named = ("large", "family", "small/dedicated")
+    steps = {name: report.training[name][-1].step for name in named}
+    assert steps["family"] == steps["small/dedicated"] == 2 * steps["large"]  # epochs 2 and 1
     assert next(s for s in report.students if s.name == "small").baselines.dedicated is not None
+
+
+def test_the_largest_is_what_it_would_be_alone_and_lends_its_weights(run, tmp_path):
+    recipe, _ = load_recipe(run)
+    places, shapes = places_of(run), scaling.read_shapes(run / "family")
+    large = recipe.student("large")
+    (tmp_path / "alone").mkdir()
+    teaching.distil(tmp_path / "alone", recipe, large, shapes["large"], places, Silent())
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone")
+    torch.testing.assert_close(student(run, "large"), logits(alone))
+    family = limbeck.load_family(run).family
+    taught_on = logits(family.sizes["large"].model)
+    assert not torch.equal(taught_on, logits(alone))
+
+
+def test_killed_between_its_two_trainings_it_ends_with_the_same_bytes(run, tmp_path, monkeypatch):
+    recipe, _ = load_recipe(run)
+    shapes = scaling.read_shapes(run / "family")
+    teach = scaling.train
+    trained = []
+
+    def cut(family, training, folder, progress, sampling=None):
+        trained.append(training.title)
+        if training.title == "family" and trained.count("family") == 1:
+            raise KeyboardInterrupt
+        teach(family, training, folder, progress, sampling)
+
+    monkeypatch.setattr(scaling, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.teach(tmp_path, recipe, shapes, places_of(run), Silent())
+    scaling.teach(tmp_path, recipe, shapes, places_of(run), Silent())
+    assert trained == ["large", "family", "family"]
+    for name in ("family.safetensors", "largest/family.safetensors"):
+        assert (tmp_path / name).read_bytes() == (run / "family" / name).read_bytes()
 
 
 def test_a_second_run_makes_nothing_again(world, run):
@@ -157,20 +191,22 @@ def test_settings_that_contradict_each_other(world, change, said):
 def test_each_size_has_its_turns_and_its_rate(run, tmp_path, monkeypatch):
     seen = {}
 
-    def look(family, training, folder, progress, sampling):
-        seen.update(shares=sampling.shares, rates=sampling.rates, epochs=training.spec.epochs)
+    def look(family, training, folder, progress, sampling=None):
+        if sampling is None:
+            seen.update(alone=[*family.sizes], its_epochs=training.spec.epochs)
+        else:
+            seen.update(shares=sampling.shares, rates=sampling.rates, epochs=training.spec.epochs)
 
     monkeypatch.setattr(scaling, "train", look)
     recipe, _ = load_recipe(run)
     shapes = scaling.read_shapes(run / "family")
     scaling.teach(tmp_path, recipe, shapes, places_of(run), Silent())
-    assert seen["shares"] == {"large": 1, "small": 2} and seen["epochs"] == 3
+    assert seen["alone"] == ["large"] and seen["its_epochs"] == 1
+    assert seen["shares"] == {"large": 0, "small": 2} and seen["epochs"] == 2
     assert seen["rates"] == {"large": 1.0, "small": 2.0}  # 6e-3 of 3e-3, as its recipe says
     free = [s.model_copy(update={"learning_rate": None}) for s in recipe.students]
-    scaling.teach(
-        tmp_path, recipe.model_copy(update={"students": tuple(free)}), shapes, places_of(run),
-        Silent(),
-    )  # fmt: skip
+    again, other = tmp_path / "free", recipe.model_copy(update={"students": tuple(free)})
+    scaling.teach(again, other, shapes, places_of(run), Silent())
     assert seen["rates"]["large"] == 1.0 < seen["rates"]["small"] != 2.0
 
 

@@ -19,7 +19,8 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_LEAST = 8  # examples in a share: with fewer the matrices are too narrow to be multiplied fast
+_LEAST = 8  # examples in a share: with fewer the matrices are too narrow to be multiplied fast,
+# unless an example is a row of tokens that are all to be predicted
 
 
 def cores() -> int:
@@ -27,10 +28,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def shares(num_examples: int, most: int | None = None, *, on_cores: bool = True) -> list[range]:
+def shares(
+    num_examples: int, most: int | None = None, *, on_cores: bool = True, least: int = _LEAST
+) -> list[range]:
     """The examples of a batch in contiguous shares of like size: one for each core, as long as
-    they are not too small, and none of more than `most`."""
-    count = max(1, min(cores(), num_examples // _LEAST)) if on_cores else 1
+    they have `least` examples or 8, and none more than `most`."""
+    count = max(1, min(cores(), num_examples // min(least, _LEAST))) if on_cores else 1
     if most is not None:
         count = max(count, -(-num_examples // most))
     ends = [num_examples * i // count for i in range(count + 1)]

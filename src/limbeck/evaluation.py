@@ -6,6 +6,8 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 from __future__ import annotations
 
 import math
+from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,17 @@ from limbeck.models import load_tokenizer, num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
+from limbeck.tasks.estimators import is_estimator
+from limbeck.tasks.image_classification import Rows as ImageRows
+from limbeck.tasks.images import png, reduced
 from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
 _SUMS = ("documents", "nll")  # of a language model's answers
+_PARTINGS = 8  # images of each student that the report shows
+_THUMBNAIL = 96  # pixels a side, at most
+_ANSWERS = 3
 _Said = tuple[Path, str, Path]  # a file, its format, where its answers lie
 
 prepare_torch()
@@ -34,19 +42,20 @@ prepare_torch()
 
 def measure_artifacts(
     folder: Path, recipe: Recipe, hf: Path, files: Path, data: Path, name: str,
-    progress: Progress, *, primary: str,
+    progress: Progress, *, primary: str, formats: Sequence[str],
 ) -> None:  # fmt: skip
     """Quality, parity, latency, memory of every exported file; answers of the primary one."""
     task = open_task(recipe, data)
     test = task.rows("test")
     few = test.sample(recipe.measure.secondary_rows, seed=recipe.seed)
     compared = few.sample(_PARITY_ROWS, seed=recipe.seed)
-    config = task.read_config(hf, where=str(hf))
+    known = not is_estimator(hf)
+    config = task.read_config(hf, where=str(hf)) if known else None
     origin: Asked | None = None  # the model that was exported
     found = []
     wall_ms = {}
     # the model's own folder first: the other files are held against it
-    for format in sorted(recipe.export.formats, key=lambda format: format != "hf"):
+    for format in sorted(formats, key=lambda format: format != "hf"):
         path = artifact_path(hf, files, format)
         asked = _ask(task, path, format, test if format == primary else few, progress,
                      f"{name} {format}")  # fmt: skip
@@ -76,18 +85,23 @@ def measure_artifacts(
         else:
             entry["parity"] = task.judge.parity(origin, asked, compared)
         found.append(entry)
-    model = task.load(hf, where=str(hf))
-    summary = {"params": num_parameters(model), "artifacts": found, "wall_ms": wall_ms}
+    params = num_parameters(task.load(hf, where=str(hf))) if known else None
+    summary = {"params": params, "artifacts": found, "wall_ms": wall_ms}
     write_json(folder / "measurement.json", summary)
 
 
 def quality_of(
-    folder: Path, recipe: Recipe, path: Path, data: Path, name: str, progress: Progress
-) -> None:
-    """A baseline's quality, of the primary format on all test rows, as for the student itself."""
+    folder: Path, recipe: Recipe, path: Path, data: Path, teacher: _Said, name: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """A baseline's quality, of the primary format on all test rows, as for the student itself; and
+    how far from the teacher it is."""
     task = open_task(recipe, data)
-    asked = _ask(task, path, recipe.export.primary, task.rows("test"), progress, name)
-    write_json(folder / "quality.json", task.judge.quality(asked))
+    rows = task.rows("test")
+    asked = _ask(task, path, recipe.export.primary, rows, progress, name)
+    held = task.judge.compare(_answered(teacher, rows), asked, lambda _: None)
+    quality = {**task.judge.quality(asked), "mean_kl": held["fidelity"]["mean_kl"]}
+    write_json(folder / "quality.json", quality)
 
 
 def linear(folder: Path, recipe: Recipe, data: Path, progress: Progress) -> None:
@@ -113,15 +127,49 @@ def compare(
     """Retention, fidelity and capabilities of a student's primary file against the teacher's."""
     task = open_task(recipe, data)
     rows = task.rows("test")
-    mine, theirs = (
-        Asked(
-            path=path, format=format, rows=rows,
-            said={f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))},
-        )
-        for path, format, at in (student, teacher)
-    )  # fmt: skip
+    mine, theirs = _answered(student, rows), _answered(teacher, rows)
     with progress.bar("compare", len(rows), "examples") as bar:
-        write_json(folder / "comparison.json", task.judge.compare(theirs, mine, bar.advance))
+        found = task.judge.compare(theirs, mine, bar.advance)
+    if isinstance(rows, ImageRows):
+        found["partings"] = partings(
+            rows, theirs.said["logits"], mine.said["logits"], task.labels
+        )
+    write_json(folder / "comparison.json", found)
+
+
+def partings(
+    rows: ImageRows, teacher: np.ndarray, student: np.ndarray, labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Images whose top answers differ, those first on which the logits (N, C) are furthest apart
+    (KL), as report.json spells them."""
+    apart = measure.kl(teacher, student)  # (N,)
+    parted = np.flatnonzero(teacher.argmax(1) != student.argmax(1))
+    chosen = parted[np.argsort(-apart[parted], kind="stable")][:_PARTINGS]
+    return [
+        {
+            "image": "data:image/png;base64,"
+            + b64encode(png(reduced(rows.pixels[i], _THUMBNAIL))).decode("ascii"),
+            "label": labels[rows.labels[i]],
+            "teacher": _top(teacher[i], labels),
+            "student": _top(student[i], labels),
+            "kl": float(apart[i]),
+        }
+        for i in chosen.tolist()
+    ]
+
+
+def _top(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    probs = np.exp(logits.astype(np.float64) - logits.max())
+    probs /= probs.sum()
+    best = np.argsort(-probs, kind="stable")[:_ANSWERS].tolist()
+    return [{"label": labels[i], "probability": float(probs[i])} for i in best]
+
+
+def _answered(said: _Said, rows: Rows) -> Asked:
+    """What a file said when it was measured."""
+    path, format, at = said
+    arrays = {f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))}
+    return Asked(path=path, format=format, rows=rows, said=arrays)
 
 
 def compare_texts(
@@ -141,9 +189,11 @@ def compare_texts(
         documents, nll = (np.load(at / f"{n}.npy", allow_pickle=False) for n in _SUMS)
         sides.append((num_bytes, dict(zip(documents.tolist(), nll.tolist(), strict=True))))
     (mine, _), (theirs, _) = sides
-    both = [d for d, n in mine.items() if n and theirs.get(d) == n]
-    total = max(1, sum(mine[d] for d in both)) * math.log(2)
-    bits = [sum(nll[d] for d in both) / total for _, nll in sides]
+    both = [d for d, (whole, _) in mine.items() if whole and theirs.get(d, (0, 0))[0] == whole]
+    bits = [
+        sum(nll[d] for d in both) / max(1, sum(num_bytes[d][1] for d in both)) / math.log(2)
+        for num_bytes, nll in sides
+    ]
     progress.say(f"{len(both)} texts in two tokenizers: {bits[0]:.3f} bits a byte, "
                  f"the teacher {bits[1]:.3f}")  # fmt: skip
     found = {"student": bits[0], "teacher": bits[1], "n": len(both)}

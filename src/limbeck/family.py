@@ -7,6 +7,7 @@ what one size learns the others have. A dedicated student is a family of one.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +30,6 @@ from limbeck.types import Shape
 
 Region = tuple[slice, ...]
 
-OWN: Mapping[str, Callable[[str, Tensor], bool]] = {
-    "none": lambda *_: False,
-    "norms": lambda name, _: "norm" in name.lower(),
-    "vectors": lambda _, weight: weight.dim() < 2,
-    "head": lambda name, _: "classifier" in name,
-    "both": lambda name, weight: weight.dim() < 2 or "classifier" in name,
-}
 _TABLE = 64  # rows from which on a table's gradient is kept by rows
 
 
@@ -105,7 +99,6 @@ class Family:
     def __init__(
         self, config: PretrainedConfig, build: Build, axes: Sequence[Axis],
         shapes: Mapping[str, Shape], state: Mapping[str, Tensor],
-        *, own: str = "none",
     ) -> None:  # fmt: skip
         assert shapes
         self.config, self.build, self.teachers_axes = config, build, tuple(axes)
@@ -117,19 +110,12 @@ class Family:
         self.weights: dict[str, Tensor] = {}
         self.tables: set[str] = set()  # weights whose gradient comes by rows
         self.sizes: dict[str, Size] = {}
+        self.apart: dict[str, Family] = {}
         for size, shape in shapes.items():
             model = build_student(config, build, axes, shape, state)  # buffers stay its own
             places = {}
             for name, _ in model.named_parameters():
                 teachers = _teachers_name(axes, shape, name)
-                if own != "none" and OWN[own](teachers, state[teachers]):
-                    key = (size, identity(state[teachers]))
-                    shared = names.setdefault(key, f"{size}/{teachers}")
-                    if shared not in self.weights:
-                        regions = _regions(state[teachers], teachers, axes, shape)
-                        self.weights[shared] = Place(shared, regions).of(state[teachers]).clone()
-                    places[name] = Place(shared, (_everything(self.weights[shared]),))
-                    continue
                 shared = names.setdefault(identity(state[teachers]), teachers)
                 self.first_names[teachers] = shared
                 if shared not in self.weights:
@@ -145,7 +131,7 @@ class Family:
         """A model as it is: its own parameters are the weights. Any `nn.Module`."""
         family = cls.__new__(cls)
         family.weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        family.tables = set()
+        family.tables, family.apart = set(), {}
         places = {n: Place(n, (_everything(w),)) for n, w in family.weights.items()}
         family.sizes = {name: Size(name, Shape({}, ()), model, places)}
         return family
@@ -228,8 +214,22 @@ class Family:
             settle(model)
         return model
 
+    def alone(self, size: str) -> Family:
+        """A family of this size only, which starts from copies of the weights. Put into `apart`, it
+        is what `extract` takes the size from, whatever the shared weights become."""
+        member = self.sizes[size]
+        used = {place.shared for place in member.places.values()}
+        other = copy.copy(self)
+        other.weights = {name: w.clone() for name, w in self.weights.items() if name in used}
+        other.tables, other.apart = set(), {}
+        other.sizes = {size: replace(member, model=self.extract(size))}
+        other._adopt(other.sizes[size])
+        return other
+
     def extract(self, size: str) -> nn.Module:
         """A plain model of its own, with copies of its weights, in eval mode."""
+        if size in self.apart:
+            return self.apart[size].extract(size)
         member = self.sizes[size]
         member.refresh(self.weights)
         with torch.random.fork_rng(devices=[]):  # weights that are overwritten cost no luck

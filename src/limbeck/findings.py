@@ -21,6 +21,7 @@ from limbeck.report import (
     Environment,
     Fidelity,
     FrontierPoint,
+    Parting,
     Quality,
     Report,
     Retention,
@@ -65,6 +66,8 @@ class Member:
 
 
 def artifact_path(hf: Path, files: Path, format: str) -> Path:
+    if format == "skops":
+        return hf / "model.skops"
     return hf if format == "hf" else files / file_of(format)
 
 
@@ -102,6 +105,10 @@ def assemble(
 
 
 def _teacher_name(recipe: Recipe) -> str:
+    if (estimator := recipe.teacher.estimator) is not None:
+        if estimator.model is None:
+            return str(estimator.kind).replace("_", " ")
+        return estimator.model.uri.rpartition("/")[2].removesuffix(".skops")
     if recipe.teacher.model is None:
         assert recipe.teacher.config is not None
         return str(recipe.teacher.config["model_type"])
@@ -166,6 +173,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         else None,
         fidelity=Fidelity.model_validate(compared["fidelity"]) if compared["fidelity"] else None,
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
+        partings=tuple(Parting.model_validate(one) for one in compared.get("partings", ())),
         trained=recipe.student(member.name).trained,
         baselines=Baselines(**{name: _quality(made) for name, made in member.baselines.items()}),
     )
@@ -248,8 +256,9 @@ def _curves(
     folders = {"teacher": teacher.model.folder}
     if together is not None:
         folders["family"] = together.folder
+        folders[next(iter(together.json("family.json")))] = together.folder / "largest"
     for name, member in family.items():
-        folders[name] = member.model.folder
+        folders.setdefault(name, member.model.folder)
         for baseline, made in member.baselines.items():
             folders[f"{name}/{baseline}"] = made.folder.parent / "hf"
     curves = {}

@@ -96,6 +96,14 @@ def read_gguf(
     return model, tokenizer, header
 
 
+def read_gguf_model(file: Path, *, where: str) -> PreTrainedModel:
+    """The file's model alone, dequantised into fp32. Raises what `read_gguf` does."""
+    header = read_header(file, where=where)
+    _check_positions(header, file, where)
+    model: PreTrainedModel = _model(file, header, where, torch.float32)
+    return model
+
+
 def read_header(file: Path, *, where: str) -> GGUFHeader:
     """Everything but the weights. Raises SourceError where the file is no whole GGUF file."""
     try:

@@ -47,10 +47,10 @@ class Tap:
         if found is None:
             return self._forward(hidden)
         # its weight is looked up now: inside a functional call it is another tensor
-        found.append((hidden, self._head()))
+        found.append((hidden, self.head()))
         return hidden[..., :1]  # what the model makes of it is never used
 
-    def _head(self) -> Head:
+    def head(self) -> Head:
         weight: Any = self.layer.weight
         bias: Any = self.layer.bias
         return Head(weight=weight, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap)
@@ -75,7 +75,7 @@ def tap_head(model: nn.Module, batch: Batch) -> Tap | str:
     layer, hidden = seen[-1]
     config = getattr(model, "config", None)
     tap = Tap(layer, _scale(config), getattr(config, "final_logit_softcapping", None))
-    product = tap._head().logits(hidden)
+    product = tap.head().logits(hidden)
     wanted = logits.float()
     if product.shape == wanted.shape and (
         (product - wanted).norm() <= _SAME.get(logits.dtype, 1e-4) * wanted.norm()

@@ -8,35 +8,23 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from limbeck.causal import load_causal
-from limbeck.gguf_source import read_gguf
+from limbeck.answers import Asker, score
 from limbeck.judging import Asked, Told
-from limbeck.measure_language import DocumentScores, ratio, score_documents
-
-if TYPE_CHECKING:
-    from limbeck.tasks.causal_rows import Rows
+from limbeck.measure_language import DocumentScores, ratio
 
 _PARITY_ROWS = 16  # positions are many
 
-
-def load_file(path: Path, format: str) -> nn.Module:
-    """The exported file's model, in eval mode, that keeps no keys and values."""
-    if format == "hf":
-        return load_causal(path, where=str(path))
-    model, _, _ = read_gguf(path, where=str(path))
-    model.config.use_cache = False
-    return model.eval()
+_ask = Asker()
 
 
 class OfLanguageModel:
     def ask(self, path: Path, format: str, rows: Any, told: Told) -> Asked:
-        scores = _scored(load_file(path, format), rows, told)
+        scores = score(_ask(path, format, rows, told))
         said = {k: v for k, v in asdict(scores).items() if v is not None}
         return Asked(path=path, format=format, rows=rows, said=said)
 
@@ -51,20 +39,18 @@ class OfLanguageModel:
     def parity(self, origin: Asked, asked: Asked, rows: Any) -> dict[str, Any]:
         """On some of these rows."""
         few = rows.sample(_PARITY_ROWS, seed=0)
-        models = [load_file(a.path, a.format) for a in (origin, asked)]
-        apart, same, n = 0.0, 0, 0
-        for batch in few.batches(few.num_together):
-            one, other = (m(**batch.inputs).logits[batch.mask] for m in models)
-            apart = max(apart, float((one - other).abs().max()))
-            same += int((one.argmax(-1) == other.argmax(-1)).sum())
-            n += len(one)
-        return {"max_abs_diff": apart, "agreement": same / n, "n": n}
+        one, other = (_ask(a.path, a.format, few, lambda _: None) for a in (origin, asked))
+        apart, same = 0.0, 0
+        for at in one.chunks():
+            a, b = one.logits(at), other.logits(at)
+            apart = max(apart, float((a - b).abs().max()))
+            same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        return {"max_abs_diff": apart, "agreement": same / len(one.said), "n": len(one.said)}
 
     def compare(self, teacher: Asked, student: Asked, told: Told) -> dict[str, Any]:
-        """Both are asked again, side by side: logits over a vocabulary take too much room."""
+        """On the rows that both were asked about."""
         rows: Any = student.rows
-        models = [load_file(a.path, a.format) for a in (student, teacher)]
-        found = _scored(models[0], rows, told, models[1])
+        found = score(*(_ask(a.path, a.format, rows, told) for a in (student, teacher)))
         theirs, mine = (np.asarray(a.said["right"], float) for a in (teacher, student))
         return {
             "retention": asdict(ratio(mine, theirs, seed=0)) if theirs.any() else None,
@@ -75,9 +61,3 @@ class OfLanguageModel:
             },
             "capabilities": {},
         }
-
-
-def _scored(
-    model: nn.Module, rows: Rows, told: Told, teacher: nn.Module | None = None
-) -> DocumentScores:
-    return score_documents(model, rows, teacher=teacher, batch_size=rows.num_together, told=told)

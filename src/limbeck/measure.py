@@ -97,11 +97,19 @@ def mean_kl(
     teacher_logits: np.ndarray, student_logits: np.ndarray, *, temperature: float = 1.0
 ) -> float:
     """Mean over examples of KL(teacher || student) at this temperature, in nats."""
+    return float(np.mean(kl(teacher_logits, student_logits, temperature=temperature)))
+
+
+def kl(
+    teacher_logits: np.ndarray, student_logits: np.ndarray, *, temperature: float = 1.0
+) -> np.ndarray:
+    """KL(teacher || student) of each example, in nats. (N,)"""
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(f"logits differ in shape: {teacher_logits.shape}, {student_logits.shape}")
     teacher = _log_softmax(teacher_logits / temperature)  # (N, C)
     student = _log_softmax(student_logits / temperature)
-    return float(np.mean(np.sum(np.exp(teacher) * (teacher - student), axis=1)))
+    each: np.ndarray = np.sum(np.exp(teacher) * (teacher - student), axis=1)
+    return each
 
 
 def per_class(

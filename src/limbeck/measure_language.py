@@ -86,18 +86,23 @@ def score_documents(
         labels = batch.labels[batch.mask]
         logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
         theirs = teacher(**batch.inputs).logits[batch.mask] if teacher is not None else None
-        found = token_scores(logits, labels, theirs, shared_ids=shared_ids)
-        parts.append((documents, *(column.double().cpu() for column in found)))
+        parts.append((documents, *token_scores(logits, labels, theirs, shared_ids=shared_ids)))
         if told is not None:
             told(len(at))
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    named, place, counts = np.unique(columns[0], return_inverse=True, return_counts=True)
-    sums = [np.bincount(place, weights=column, minlength=len(named)) for column in columns[1:]]
+    return summed(parts)
+
+
+def summed(parts: Sequence[tuple[Tensor, ...]]) -> DocumentScores:
+    """Of positions, in parts: the number of each one's document, and its `token_scores`."""
+    columns = [torch.cat([c.double().cpu() for c in part]) for part in zip(*parts, strict=True)]
+    arrays = [column.numpy() for column in columns]
+    named, place, counts = np.unique(arrays[0], return_inverse=True, return_counts=True)
+    sums = [np.bincount(place, weights=column, minlength=len(named)) for column in arrays[1:]]
+    kl, same = (sums[2], sums[3].astype(np.int64)) if len(sums) > 2 else (None, None)
     return DocumentScores(
-        documents=named, num_tokens=counts, nll=sums[0], right=sums[1].astype(np.int64),
-        kl=sums[2] if teacher is not None else None,
-        same=sums[3].astype(np.int64) if teacher is not None else None,
-    )  # fmt: skip
+        documents=named.astype(np.int64), num_tokens=counts, nll=sums[0],
+        right=sums[1].astype(np.int64), kl=kl, same=same,
+    )
 
 
 def token_scores(
@@ -118,19 +123,25 @@ def token_scores(
     return (*own, forward_kl(logits, theirs), first == theirs.argmax(-1))
 
 
-def document_bytes(rows: Rows, tokenizer: Any) -> dict[int, int]:
-    """UTF-8 bytes of each document's tokens that count, special ones left out, by its number."""
-    found: dict[int, int] = {}
+def document_bytes(rows: Rows, tokenizer: Any) -> dict[int, tuple[int, int]]:
+    """By each document's number: UTF-8 bytes of what counts of it, special tokens left out; and the
+    same without its first token, from which all begins and which nothing predicts."""
+    found: dict[int, tuple[int, int]] = {}
     for at in range(len(rows)):
         numbers = rows.documents_at([at])[0].numpy()
-        counted = rows.counted[at].copy()
-        counted[rows.starts[at]] = False  # what begins a document follows from nothing
+        counted = rows.counted[at]
+        predicted = counted.copy()
+        predicted[rows.starts[at]] = False
         for number in np.unique(numbers[counted]).tolist():
-            ids = rows.tokens[at][counted & (numbers == number)].tolist()
-            text = tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            found[number] = found.get(number, 0) + len(text.encode())
+            sizes = []
+            for which in (counted, predicted):
+                ids = rows.tokens[at][which & (numbers == number)].tolist()
+                text = tokenizer.decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                sizes.append(len(text.encode()))
+            whole, part = found.get(number, (0, 0))
+            found[number] = whole + sizes[0], part + sizes[1]
     return found
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from limbeck.findings import artifact_path
+from limbeck.findings import Member, artifact_path
 from limbeck.lazily import evaluation, stages, teaching
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
@@ -44,8 +44,10 @@ class Taught:
 
     def __init__(
         self, run: Run, recipe: Recipe, progress: Progress, student: StudentSpec, plan: Made,
-        ground: Ground, features: Made | None,
+        ground: Ground, features: Made | None, original: Member,
     ) -> None:  # fmt: skip
+        """`original` is the teacher, measured."""
+        self.original = original
         self.run, self.recipe, self.progress = run, recipe, progress
         self.student, self.plan, self.ground, self.features = student, plan, ground, features
         self.training = recipe.training_of(student)
@@ -90,7 +92,10 @@ class Taught:
                 lambda at: teaching.untaught(at, recipe, self.shape(), ground.places),
             )
         }
-        for name, start in (("hard_labels", "prefix"), ("random_init", "random")):
+        starts = {"hard_labels": "prefix"}
+        if recipe.evidence.random_init:
+            starts["random_init"] = "random"
+        for name, start in starts.items():
             found[name] = self._held_against(
                 name, [*self.start, self.training, start],
                 partial(self._train, taught=False, start=start),
@@ -114,10 +119,11 @@ class Taught:
             ),
         )  # fmt: skip
         return self.run.stage(
-            f"{top}/quality", [model.digest, onnx.digest, data.digest],
+            f"{top}/quality",
+            [model.digest, onnx.digest, data.digest, self.original.measured.digest],
             lambda at: evaluation.quality_of(
                 at, recipe, artifact_path(model.folder, onnx.folder, primary), data.folder,
-                f"{self.student.name}, {name}", self.progress,
+                self.original.said, f"{self.student.name}, {name}", self.progress,
             ),
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from limbeck import nets  # its classes become known to transformers
 from limbeck.errors import RecipeError, SourceError
 
 _ALLOWED = "a folder with the config.json, model.safetensors and tokenizer.json of a text model"
@@ -88,7 +89,7 @@ def make_config(fields: Mapping[str, Any], *, where: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(kind)
     except ValueError:
-        near = difflib.get_close_matches(kind, _CLASSIFIERS, n=3)
+        near = difflib.get_close_matches(kind, [*_CLASSIFIERS, *nets.CLASSES], n=3)
         raise RecipeError(
             f"{where}.model_type", f"{kind!r}", allowed="a model_type of transformers",
             fix=f"perhaps {', '.join(near)}" if near else "look it up in its config.json",

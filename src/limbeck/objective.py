@@ -61,6 +61,7 @@ class Objective:
     divergence: str = "forward_kl"
     settings: Mapping[str, Any] = field(default_factory=dict)  # the divergence's own
     standardized: bool = False  # both sides' logits, before the temperature
+    smoothing: float = 0.0  # of hard labels
     features: tuple[Feature, ...] = ()  # between hidden states, between embeddings
     shared_ids: int | None = None  # of both vocabularies (`vocabulary`); None: they are one
     places: Callable[[Batch], Tensor] | None = None  # of a teacher with another tokenizer: (B, T)
@@ -112,7 +113,7 @@ class Objective:
                 logits, labels[rows], targets.at(rows), done
             )
         if self.hard_weight:
-            losses["hard"] = lambda logits, rows: cross_entropy(logits, labels[rows])
+            losses["hard"] = self._hard(labels, batch)
         if student.head is not None:
             terms = self._fused(student, batch, losses, apart=apart)
         else:
@@ -176,6 +177,17 @@ class Objective:
             return fitted(found, self.shared_ids, len(student.head.weight))
         assert student.logits is not None
         return fitted(found, self.shared_ids, student.logits.shape[-1])
+
+    def _hard(self, labels: Tensor, batch: Batch) -> Callable[[Tensor, Rows], Tensor]:
+        """Of two labels where two examples are mixed, by their shares."""
+        entropy = partial(cross_entropy, smoothing=self.smoothing)
+        if batch.mixed is None:
+            return lambda logits, rows: entropy(logits, labels[rows])
+        others = batch.mixed.labels[batch.mask]  # (P,)
+        share = batch.mixed.share[batch.mask]
+        return lambda logits, rows: entropy(logits, labels[rows]) * (1 - share[rows]) + (
+            entropy(logits, others[rows]) * share[rows]
+        )
 
     def _soft(
         self, logits: Tensor, labels: Tensor, targets: DenseTargets | SparseTargets, done: float

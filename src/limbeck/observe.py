@@ -5,6 +5,7 @@ Several threads may ask one model at the same time.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from limbeck.heads import Tap
 from limbeck.types import Batch, Need, Signal
 
+_PLACES = 2  # rows and columns of an image: a small convolutional net's last map has no more
+
 
 class Observer:
     """Hidden states are called 0 (what the first layer gets) to L, or by the path of any module,
     `encoder.layer.3.attention.self.value` say; the embedding is the mean of the last over an
-    example's tokens."""
+    example's tokens. An image's states are those of its places (`by_place`)."""
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str] = (), *, precision: str = "fp32"
@@ -67,10 +70,13 @@ class Observer:
         hidden = numbered | kept
         if self.layers:
             hidden = {name: hidden[name] for name in self.layers if name in hidden}
+        last = said.hidden_states[-1]
+        if "pixel_values" in batch.inputs:
+            hidden, last = {name: by_place(s) for name, s in hidden.items()}, by_place(last)
         return Signal(
             logits=said.logits,
             hidden=hidden if Need.HIDDEN in needs else {},
-            embedding=_mean(said.hidden_states[-1], batch) if Need.EMBEDDING in needs else None,
+            embedding=_mean(last, batch) if Need.EMBEDDING in needs else None,
         )
 
     def _keep(self, path: str) -> Callable[..., None]:
@@ -84,9 +90,25 @@ class Observer:
 
 def tokens(batch: Batch) -> Tensor:
     """(B, T) bool: the positions that hold a token; of packed rows, which have no mask of theirs,
-    those that count."""
+    those that count; of images all places."""
+    if "pixel_values" in batch.inputs:
+        return batch.mask.unsqueeze(1).expand(-1, _PLACES**2)
     held = batch.inputs.get("attention_mask")
     return batch.mask if held is None else held.bool()
+
+
+def by_place(states: Tensor) -> Tensor:
+    """States at each of a few places of an image, whatever the resolution: the mean of what lies
+    there, so that those of any two architectures are as many. (B, D, H, W), or a transformer's
+    patches behind tokens of other kinds (B, T, D), or (B, D) -> (B, places, D).
+    """
+    if states.dim() == 2:
+        return states.unsqueeze(1).expand(-1, _PLACES**2, -1)
+    if states.dim() == 3:
+        side = math.isqrt(states.shape[1])
+        patches = states[:, states.shape[1] - side**2 :]  # (B, side^2, D)
+        states = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
+    return nn.functional.adaptive_avg_pool2d(states, _PLACES).flatten(2).transpose(1, 2)
 
 
 def _mean(states: Tensor, batch: Batch) -> Tensor:

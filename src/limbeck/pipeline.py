@@ -29,7 +29,7 @@ from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
 from limbeck.sources import fetch
 
-_SURVEY = 2  # the format of what the stage `architecture` leaves
+_SURVEY = 4  # the format of what the stage `architecture` leaves
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
 def fetch_teacher(recipe: Recipe, get: Callable[..., Fetched]) -> Fetched:
     """Its folder; of one that is only a config so far, a folder with that."""
     spec = recipe.teacher
+    if spec.estimator is not None:
+        if spec.estimator.model is not None:
+            return get(spec.estimator.model, where="recipe.teacher.estimator.model", kind="data")
+        return config_folder({"model_type": spec.estimator.kind})
     if spec.model is not None:
         return get(spec.model, where="recipe.teacher.model", kind="model")
     assert spec.config is not None  # the recipe checked it
@@ -210,7 +214,9 @@ class _Still:
 
     def teacher(self, data: Made) -> Made:
         model = self.sources.model.sha256
-        inputs = [data.digest, model, self.recipe.teacher.tune, self.recipe.seed, self.recipe.task]
+        spec = self.recipe.teacher
+        inputs: list[Any] = [data.digest, model, spec.tune, self.recipe.seed, self.recipe.task]
+        inputs += [spec.estimator] if spec.estimator else []
         return self.run.stage(
             "teacher/hf", inputs,
             lambda at: stages.tune(
@@ -255,11 +261,13 @@ class _Still:
         )  # fmt: skip
 
     def space(self, base: Made, data: Made) -> Made:
+        recipe = self.recipe
         return self.run.stage(
             "architecture",
-            [_SURVEY, base.digest, data.digest, self.recipe.seed, self.recipe.importance],
+            [_SURVEY, base.digest, data.digest, recipe.seed, recipe.importance,
+             recipe.distill.training.precision],
             lambda at: stages.survey(
-                at, self.recipe, base.folder, data.folder, self.progress
+                at, recipe, base.folder, data.folder, self.progress
             ),
         )  # fmt: skip
 
@@ -286,21 +294,29 @@ class _Still:
     def measured_teacher(self, teacher: Made, data: Made) -> Member:
         # Students are held against the teacher at its best, not against its own int8 file.
         primary = "onnx-fp32" if "onnx-fp32" in self.recipe.export.formats else "hf"
+        if self.recipe.teacher.estimator is not None:  # deployed as it is
+            return self._measured("teacher", teacher, data, "skops", ("skops",), ())
         return self._measured("teacher", teacher, data, primary)
 
-    def _measured(self, name: str, model: Made, data: Made, primary: str) -> Member:
+    def _measured(
+        self, name: str, model: Made, data: Made, primary: str,
+        formats: tuple[str, ...] | None = None, written: tuple[str, ...] | None = None,
+    ) -> Member:  # fmt: skip
+        """The model in these formats, of which some have to be `written` first; as the recipe says
+        unless they are given."""
         recipe, top = self.recipe, name if name == "teacher" else f"students/{name}"
-        formats = tuple(recipe.export.formats)
+        formats = formats or tuple(recipe.export.formats)
+        written = formats if written is None else written
         onnx = self.run.stage(
-            f"{top}/{recipe.task.files}", [model.digest, formats, recipe.task],
-            lambda at: stages.export(at, recipe, model.folder, data.folder, formats),
+            f"{top}/{recipe.task.files}", [model.digest, written, recipe.task],
+            lambda at: stages.export(at, recipe, model.folder, data.folder, written),
         )  # fmt: skip
         measured = self.run.stage(
             f"{top}/measure",
             [model.digest, onnx.digest, data.digest, recipe.measure, recipe.export, primary],
             lambda at: evaluation.measure_artifacts(
                 at, recipe, model.folder, onnx.folder, data.folder, name, self.progress,
-                primary=primary,
+                primary=primary, formats=formats,
             ),
         )  # fmt: skip
         return Member(name=name, primary=primary, model=model, onnx=onnx, measured=measured)
@@ -311,7 +327,7 @@ class _Still:
     ) -> Member:  # fmt: skip
         recipe, top, plan = self.recipe, f"students/{student.name}", plans[student.name]
         taught = Taught(
-            self.run, recipe, self.progress, student, plan, ground, features
+            self.run, recipe, self.progress, student, plan, ground, features, original
         )
         tried = taught.tried() if together is None else None
         if together is None:

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
+from limbeck.recipe_checks import check_uld
 from limbeck.recipe_data import DataSpec, Source
-from limbeck.recipe_task import TaskSpec, task_of
+from limbeck.recipe_task import ImageTask, TaskSpec, task_of
+from limbeck.recipe_teacher import EstimatorSpec
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -36,13 +38,17 @@ class TeacherSpec(Spec):
     config: dict[str, Any] | None = None
     """Instead of a model: `model_type` and fields of a transformers config. It starts from random
     weights, and `tune` teaches it all it knows."""
+    estimator: EstimatorSpec | None = None
+    """tabular, instead of a model: a scikit-learn estimator, asked for its probabilities."""
     tune: TrainingSpec | None = None
     """Teach the teacher the task first, with hard labels. Leave out if it knows it already."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("not one teacher: either `model` or `config`")
+        if [self.model, self.config, self.estimator].count(None) != 2:
+            raise ValueError("not one teacher: either `model`, `config` or `estimator`")
+        if self.estimator is not None and self.tune is not None:
+            raise ValueError("`tune` has no effect on an estimator: its `search`")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("`config` names no architecture: `model_type: resnet`, say")
         if self.config is not None and self.tune is None:
@@ -123,6 +129,8 @@ class EvidenceSpec(Spec):
     baselines: Literal["none", "smallest", "all"] = "smallest"
     """Which students are trained again for the same steps with hard labels only, from the same
     start and from random weights."""
+    random_init: bool = True
+    """Of those the ones from random weights too, which cost as much as all others."""
     dedicated: tuple[Name, ...] = ()
     """Of an elastic run: these students also alone, from the same start, with the same loss and as
     many steps as the run spent on them."""
@@ -238,7 +246,10 @@ class Recipe(Spec):
             if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
                 raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
                                  "label: a `divergence` of its own")  # fmt: skip
-        self._check_uld()
+        check_uld(self)
+        if distill.training.label_smoothing and not distill.hard_weight:
+            raise ValueError("`distill.training.label_smoothing` has no effect without hard "
+                             "labels: `distill.hard_weight` above 0")  # fmt: skip
         self._check_elastic()
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
@@ -269,10 +280,26 @@ class Recipe(Spec):
                                  "takes a config for students")  # fmt: skip
             return self
         if self.evidence.linear:
-            raise ValueError("`evidence.linear` is a model on words, and images have none: null")
+            raise ValueError(f"`evidence.linear` is a model on words; {task.kind} has none: null")
+        mixup = isinstance(task, ImageTask) and task.augment is not None and task.augment.mixup
+        if mixup and self.distill.divergence.kind == "dkd":
+            raise ValueError("`distill.divergence: dkd` parts one label from all else, and with "
+                             "`augment.mixup` there are two: another divergence")  # fmt: skip
         for name in ("hidden", "embedding"):
-            if getattr(self.distill, name) is not None:
-                raise ValueError(f"`distill.{name}` is for tokens, and images have none: null")
+            if getattr(self.distill, name) is not None and not isinstance(task, ImageTask):
+                raise ValueError(f"`distill.{name}` is for tokens, and {task.kind} has none: null")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_a_base(self) -> Self:
+        if self.teacher.estimator is None:
+            return self
+        if not self.task.takes_estimators:
+            raise ValueError(f"`teacher.estimator` is for tabular, not for {self.task.kind}: "
+                             "`teacher.model` or `teacher.config`")  # fmt: skip
+        if self.base is None:
+            raise ValueError("no student can be cut from an estimator: `base: {config: "
+                             "{model_type: limbeck-tabular, ...}}`")  # fmt: skip
         return self
 
     @property
@@ -295,28 +322,6 @@ class Recipe(Spec):
                     "students cut from an elastic run alone: `trained: false`, or another budget"
                 )
         return self
-
-    def _check_uld(self) -> None:
-        """Students of another tokenizer: what else they can be taught by."""
-        distill = self.distill
-        if not self.of_another_tokenizer:
-            return
-        if self.task.has_labels or self.base is None or self.base.model is None:
-            raise ValueError("`distill.divergence` uld is for language-modeling with students of "
-                             "another tokenizer: a `base.model`, or something else")  # fmt: skip
-        if self.data.messages is not None:
-            raise ValueError("`data.messages` are other words in each tokenizer's chat template, "
-                             "which uld cannot hold against each other: `prompt` and `completion`, "
-                             "or `text`")  # fmt: skip
-        idle = {
-            "distill.standardize": distill.standardize, "distill.hidden": distill.hidden,
-            "distill.embedding": distill.embedding, "distill.on_policy": distill.on_policy,
-            "signals": self.signals != SignalsSpec(),
-        }  # fmt: skip
-        for name, given in idle.items():
-            if given:
-                raise ValueError(f"`{name}` has no effect on students of another tokenizer: leave "
-                                 "it out")  # fmt: skip
 
     @property
     def of_another_tokenizer(self) -> bool:

@@ -76,8 +76,11 @@ def rebase(recipe: Recipe, base: Path) -> Recipe:
     data = recipe.data.model_copy(
         update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)}
     )
+    estimator = recipe.teacher.estimator
+    if estimator is not None:
+        estimator = estimator.model_copy(update={"model": absolute(estimator.model)})
     teacher = recipe.teacher.model_copy(
-        update={"model": absolute(recipe.teacher.model, hub_id=True)}
+        update={"model": absolute(recipe.teacher.model, hub_id=True), "estimator": estimator}
     )
     other = recipe.base and recipe.base.model_copy(
         update={"model": absolute(recipe.base.model, hub_id=True)}

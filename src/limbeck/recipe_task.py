@@ -18,6 +18,7 @@ class TextTask(Spec):
     """Texts into classes."""
 
     idle_data: ClassVar[tuple[str, ...]] = ("image", *_DOCUMENTS)  # `data`'s without an effect
+    takes_estimators: ClassVar[bool] = False
     has_tokens: ClassVar[bool] = True
     has_labels: ClassVar[bool] = True
     num_views: ClassVar[int] = 1
@@ -38,14 +39,17 @@ class AugmentSpec(Spec):
     """Mirror left and right, half of the time."""
     shift: int = Field(0, ge=0, le=512)
     """Move by up to this many pixels each way; what comes in is black."""
+    mixup: float | None = Field(None, gt=0, le=10)
+    """Mix each view but the first with another training image, whose share is drawn from
+    Beta(mixup, mixup), at most a half; the labels count by their shares."""
     views: int = Field(8, ge=2, le=256)
     """Of each image; the first is the image as it is. Each epoch takes the next, and after the
     last the first again. The teacher is asked about each once: signals take this times the room."""
 
     @model_validator(mode="after")
     def _draws_something(self) -> Self:
-        if not self.flip and not self.shift:
-            raise ValueError("`augment` draws nothing: `flip`, `shift` or both; or leave it out")
+        if not self.flip and not self.shift and self.mixup is None:
+            raise ValueError("`augment` draws nothing: `flip`, `shift`, `mixup`; or leave it out")
         return self
 
 
@@ -53,6 +57,7 @@ class ImageTask(Spec):
     """Images into classes."""
 
     idle_data: ClassVar[tuple[str, ...]] = ("text", "columns", "skip_rows", *_DOCUMENTS)
+    takes_estimators: ClassVar[bool] = False
     has_tokens: ClassVar[bool] = False
     has_labels: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = _ONNX
@@ -106,6 +111,7 @@ class LanguageTask(Spec):
     """Text that goes on: each token from those before it."""
 
     idle_data: ClassVar[tuple[str, ...]] = ("image", "label", "label_names", "columns", "skip_rows")
+    takes_estimators: ClassVar[bool] = False
     has_tokens: ClassVar[bool] = True
     has_labels: ClassVar[bool] = False
     num_views: ClassVar[int] = 1
@@ -124,11 +130,52 @@ class LanguageTask(Spec):
     plain text it is all of them."""
 
 
-TASKS = (TextTask, ImageTask, LanguageTask)
+class ArrayTask(Spec):
+    """Arrays of one size, by name, into classes: what tables and time series have in common."""
+
+    idle_data: ClassVar[tuple[str, ...]] = ("text", "image", *_DOCUMENTS)
+    takes_estimators: ClassVar[bool] = False
+    has_tokens: ClassVar[bool] = False
+    has_labels: ClassVar[bool] = True
+    num_views: ClassVar[int] = 1
+    formats: ClassVar[tuple[str, ...]] = _ONNX
+    primary: ClassVar[str] = "onnx-int8"
+    files: ClassVar[str] = "onnx"
+
+
+class TabularTask(ArrayTask):
+    """Rows of a table into classes."""
+
+    takes_estimators: ClassVar[bool] = True
+
+    kind: Literal["tabular"]
+    """What the models are for."""
+    numbers: tuple[str, ...] | None = None
+    """Columns that hold numbers. Default: all but `categories`, and `data`'s label and group."""
+    categories: tuple[str, ...] = ()
+    """Columns whose values are names: learnt one by one, those of the training rows."""
+    missing: Literal["refuse", "fill"] = "refuse"
+    """An empty field, null or NaN: stop, or take the training rows' mean (of `categories`: as
+    `unknown: ignore` does)."""
+    unknown: Literal["refuse", "ignore"] = "refuse"
+    """A category that the training rows lack: stop, or go on without what that column says."""
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        columns = [*(self.numbers or ()), *self.categories]
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise ValueError(f"column {twice[0]!r} is named twice: once, in `numbers` or in "
+                             "`categories`")  # fmt: skip
+        if self.numbers == () and not self.categories:
+            raise ValueError("no column is left to learn from: `numbers`, `categories` or both")
+        return self
+
+
+TASKS = (TextTask, ImageTask, LanguageTask, TabularTask)
 KINDS = tuple(task.model_fields["kind"].annotation.__args__[0] for task in TASKS)  # type: ignore[union-attr]
 
 
-def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask] | None:
+def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask | ArrayTask] | None:
     """The settings of a kind; None for what is none."""
     return dict(zip(KINDS, TASKS, strict=True)).get(kind) if isinstance(kind, str) else None
 
@@ -141,6 +188,7 @@ def _kind(value: Any) -> str | None:
 TaskSpec = Annotated[
     Annotated[TextTask, Tag(KINDS[0])]
     | Annotated[ImageTask, Tag(KINDS[1])]
-    | Annotated[LanguageTask, Tag(KINDS[2])],
+    | Annotated[LanguageTask, Tag(KINDS[2])]
+    | Annotated[TabularTask, Tag(KINDS[3])],
     Discriminator(_kind),
 ]

@@ -54,6 +54,8 @@ class TrainingSpec(Spec):
     """Each layer further from the output learns this much slower; 1 is no difference."""
     head_factor: float = Field(1.0, gt=0, le=100)
     """What stands behind the last layer learns this much faster."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This share of each hard label is spread over all classes."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is clipped to this global norm."""
     micro_batch: int | None = Field(None, ge=1)
@@ -218,8 +220,8 @@ Layer = int | Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 
 
 class HiddenSpec(Spec):
-    """Hidden states of student and teacher, token by token. Projectors are trained with the student
-    and not saved in it."""
+    """Hidden states of student and teacher, token by token; of images in each quarter. Projectors
+    are trained with the student and not saved in it."""
 
     loss: Literal["mse", "cosine", "relation", "cka"] = "cosine"
     """`mse` and `cosine` behind a projector where the widths differ; `relation`: MiniLM's, between
@@ -333,9 +335,10 @@ class DistillSpec(Spec):
     alone."""
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
-    all; each step teaches one of them, as often as its own `epochs` say, and the smaller are the
-    first units of the larger. `training.learning_rate` is the largest one's; smaller ones get more,
-    if they name none. `limbeck scale` then cuts more of them without training."""
+    all, in which the smaller are the first units of the larger. The largest learns alone first, for
+    its own `epochs`; then each step teaches one of the others, as often as its own say.
+    `training.learning_rate` is the largest one's; smaller ones get more, if they name none.
+    `limbeck scale` then cuts more of them without training."""
     rivals: int = Field(1, ge=1, le=8)
     """elastic: so many shapes for each budget, of unlike depth, are first trained together for a
     tenth of the time; the one with the least loss on the validation rows is taken. 1: the rule

@@ -13,7 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from limbeck import runtime_worker
 from limbeck.cores import on_each
 from limbeck.errors import LimbeckError, MissingExtraError
-from limbeck.recipe import Format, Recipe, file_of
+from limbeck.recipe import Recipe, file_of
 from limbeck.runtime_worker import Predictor
 from limbeck.tasks.task import Rows, Task
 from limbeck.types import Input
@@ -51,7 +52,7 @@ class Timing:
     tokens_per_s: float | None = None  # written one after the other, by a model that writes
 
 
-def load_predictor(path: Path, format: Format, *, threads: int) -> Predictor:
+def load_predictor(path: Path, format: str, *, threads: int) -> Predictor:
     """A function from inputs by name, batch first, to logits (B, C) float32.
 
     Raises MissingExtraError without the extra 'export', LimbeckError where the file does not load.
@@ -69,7 +70,7 @@ def load_predictor(path: Path, format: Format, *, threads: int) -> Predictor:
 
 def predict(
     path: Path,
-    format: Format,
+    format: str,
     rows: Rows,
     *,
     batch_size: int = 32,
@@ -103,21 +104,26 @@ def predict(
 
 
 def time_file(
-    recipe: Recipe, task: Task, config: Any, hf: Path, files: Path, format: Format
+    recipe: Recipe, task: Task, config: Any, hf: Path, files: Path, format: str
 ) -> Timing:
     """As the recipe says. A GGUF file in llama.cpp where that is there, else its folder `hf`."""
     path = hf if format == "hf" else files / file_of(format)
+    examples = None
+    if format == "skops":
+        rows = task.rows("test").sample(32, seed=recipe.seed)
+        batch = rows.batch(range(len(rows)))
+        path, examples = hf / "model.skops", {k: v.numpy() for k, v in batch.inputs.items()}
     if format.startswith("gguf-") and util.find_spec("llama_cpp") is None:
         path, format = hf, "hf"
     return time_artifact(
         path, format, inputs=task.inputs(config), threads=recipe.measure.threads,
-        runs=recipe.measure.latency_runs, writes=not recipe.task.has_labels,
+        runs=recipe.measure.latency_runs, writes=not recipe.task.has_labels, examples=examples,
     )  # fmt: skip
 
 
 def time_artifact(
     path: Path,
-    format: Format,
+    format: str,
     *,
     inputs: Sequence[Input],
     threads: int,
@@ -125,15 +131,17 @@ def time_artifact(
     batch_size: int = 32,
     timeout_s: float = 900,
     writes: bool = False,
+    examples: Mapping[str, np.ndarray] | None = None,
 ) -> Timing:
     """Latency, throughput and memory of an exported file, in a process that holds nothing else.
 
     One that `writes` text is timed in writing some, and not in batches.
     Batch-1 latency first, in rounds with pauses between; then memory; then batches of
-    `batch_size`. All inputs are of their largest size.
+    `batch_size`. All inputs are of their largest size, or they are `examples`, rows by name: what
+    trees cost depends on where a row leads.
     Raises LimbeckError, with its last lines, where the process fails or takes too long.
     """
-    request = {
+    request: dict[str, Any] = {
         "path": str(path.resolve()), "format": format,
         "inputs": [asdict(one) for one in inputs],
         "threads": threads, "runs": runs, "batch_size": batch_size, "writes": writes,
@@ -147,12 +155,16 @@ def time_artifact(
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     try:
-        done = subprocess.run(
-            # By path and with -P: `-m limbeck.runtime_worker` would import limbeck around it.
-            [sys.executable, "-P", runtime_worker.__file__],
-            input=json.dumps(request), capture_output=True, text=True, env=environment,
-            timeout=timeout_s, check=False,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="limbeck-") as aside:
+            if examples is not None:
+                request["examples"] = str(Path(aside) / "examples.npz")
+                np.savez(request["examples"], allow_pickle=False, **examples)
+            done = subprocess.run(
+                # By path and with -P: `-m limbeck.runtime_worker` would import limbeck around it.
+                [sys.executable, "-P", runtime_worker.__file__],
+                input=json.dumps(request), capture_output=True, text=True, env=environment,
+                timeout=timeout_s, check=False,
+            )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise _failed(path, f"took longer than {timeout_s:g} s", error.stderr) from None
     if done.returncode != 0:

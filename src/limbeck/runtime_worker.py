@@ -1,9 +1,9 @@
 """Load an exported model and call it; as a script, time it in a process that holds nothing else.
 
 Imports only the standard library and numpy at the top, and the model's own runtime where it is
-loaded: for ONNX no torch is ever in the process. It must not import the rest of limbeck: `runtime`
-starts this file by its path (`python -P runtime_worker.py`), so that a process of a known kind is
-measured.
+loaded: for ONNX no torch is ever in the process. Of limbeck it imports nothing but the networks
+that transformers lacks, where one is loaded: `runtime` starts this file by its path (`python -P
+runtime_worker.py`), so that a process of a known kind is measured.
 
 A request is one JSON object on stdin: the arguments of `measure`. The answer is the last line on
 stdout: the fields of `limbeck.runtime.Timing`.
@@ -29,6 +29,7 @@ Write = Callable[[list[int], int], float]
 _ROUNDS, _PAUSE_S = 5, 0.1
 _WARM_UP_CALLS = 5
 _ASKED, _WRITTEN = 8, 32  # tokens of a prompt, and after it
+ESTIMATOR = "estimator.json"  # beside a .skops file
 
 
 def load(path: str, format: str, threads: int) -> tuple[Predictor, str]:
@@ -36,6 +37,8 @@ def load(path: str, format: str, threads: int) -> tuple[Predictor, str]:
     if format.startswith("gguf-"):
         predict, _, runtime = _load_gguf(path, threads, 512)
         return predict, runtime
+    if format == "skops":
+        return _load_skops(path, threads)
     return _load_hf(path, threads)[::2] if format == "hf" else _load_onnx(path, threads)
 
 
@@ -76,6 +79,41 @@ def _load_gguf(path: str, threads: int, context: int) -> tuple[Predictor, Write,
     return predict, write, f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
 
 
+def _load_skops(path: str, threads: int) -> tuple[Predictor, str]:
+    """An estimator with `predict_proba`, beside a file that says how rows reach it: as an array of
+    numbers and indices of categories, or as a data frame with the columns that it was fitted on.
+    What it says becomes logits: the logarithm of each probability, or of `floor`."""
+    import skops.io
+    from sklearn import __version__
+
+    about = json.loads((Path(path).parent / ESTIMATOR).read_text(encoding="utf-8"))
+    model = skops.io.load(path, trusted=about["trusted"])
+    known = model.get_params() if hasattr(model, "get_params") else {}
+    if jobs := [name for name in known if name.endswith("n_jobs")]:
+        model.set_params(**dict.fromkeys(jobs, threads))
+    names = {"numbers": about["numbers"], "categories": list(about["values"])}
+    values = [np.array([None, *found], dtype=object) for found in about["values"].values()]
+
+    def frame(inputs: Arrays) -> Any:
+        import pandas
+
+        columns = {}
+        for name, array in inputs.items():
+            for at, column in enumerate(names[name]):
+                one = array[:, at]
+                columns[column] = one if name == "numbers" else values[at][one]
+        return pandas.DataFrame(columns, columns=about["columns"])
+
+    def predict(inputs: Arrays) -> np.ndarray:
+        given = [inputs[name] for name in names if name in inputs]
+        table = frame(inputs) if about["columns"] else np.concatenate(given, 1, dtype=np.float64)
+        probs = model.predict_proba(table)[:, about["order"]]
+        logits: np.ndarray = np.log(np.maximum(probs, about["floor"])).astype(np.float32)
+        return logits
+
+    return predict, f"scikit-learn {__version__}"
+
+
 def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
     import onnxruntime
 
@@ -98,7 +136,10 @@ def _load_hf(path: str, threads: int) -> tuple[Predictor, Write, str]:
     import transformers
 
     name = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(
+    home = transformers
+    if not hasattr(transformers, name):
+        from limbeck import nets as home  # type: ignore[no-redef]
+    model = getattr(home, name).from_pretrained(
         path,
         use_safetensors=True,
         trust_remote_code=False,
@@ -141,8 +182,14 @@ def measure(
     runs: int,
     batch_size: int,
     writes: bool = False,
+    examples: str | None = None,
 ) -> dict[str, object]:
-    """The fields of `Timing`: speed does not depend on what the inputs are, but on their size."""
+    """The fields of `Timing`: speed does not depend on what the inputs are, but on their size.
+
+    Of trees it does: `examples` is the path of a .npz file with arrays of rows to take instead.
+    """
+    if format == "skops":
+        sys.meta_path.insert(0, _NoTorch())
     if writes:
         context = inputs[0]["dims"][0]
         predict, write, runtime = (
@@ -152,7 +199,7 @@ def measure(
         batch_size = 1
     else:
         predict, runtime = load(path, format, threads)
-    batch = random_inputs(inputs, batch_size)
+    batch = random_inputs(inputs, batch_size) if examples is None else _stored(examples)
     one = {name: array[:1] for name, array in batch.items()}
 
     _seconds(predict, one, _WARM_UP_CALLS)
@@ -193,6 +240,19 @@ def measure(
         "runs": runs,
         "torch_loaded": "torch" in sys.modules,
     }
+
+
+class _NoTorch:
+    """skops looks into each module of scikit-learn, and one takes torch along where it is there."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+
+def _stored(path: str) -> Arrays:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def random_inputs(inputs: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from limbeck.elastic import Sampling
 from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
 from limbeck.progress import Progress, Silent
-from limbeck.recipe import Recipe, StudentSpec
+from limbeck.recipe import Recipe, StudentSpec, TrainingSpec
 from limbeck.recipe_file import load_recipe
 from limbeck.run import read_json, replaced, write_json
 from limbeck.stages import Planner, places_of
@@ -37,6 +37,8 @@ from limbeck.train import train
 from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
+LARGEST = "largest"  # in the training's folder: that of the largest size alone
+_WEIGHTS = "family.safetensors"
 _TRIAL = 0.1  # of the training, for the choice between rivals
 _MOST = 40  # shapes whose quality is looked at for the frontier
 _FRONTIER_ROWS = 512  # validation rows
@@ -47,42 +49,64 @@ prepare_torch()
 def teach(
     folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], places: Places, progress: Progress
 ) -> None:
-    """All trained students in one run; the largest has to come first in `shapes`."""
-    family = _taught(folder, recipe, shapes, {name: name for name in shapes}, places, progress)
-    with replaced(folder / "family.safetensors") as aside:
-        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
+    """All trained students in one run; the largest has to come first in `shapes`.
+
+    It learns alone before the others learn together, in the weights that it leaves. They would
+    spoil it: it keeps its own, and theirs go on from the shared ones (docs/results.md).
+    """
+    task = open_task(recipe, places.data)
+    family = _family(task, shapes, places)
+    largest, *others = shapes
+    first = folder / LARGEST
+    alone = family.alone(largest)
+    if (first / _WEIGHTS).exists():  # a run that was killed behind it
+        alone.load_state(load_file(first / _WEIGHTS))
+    else:
+        first.mkdir(parents=True, exist_ok=True)
+        spec = recipe.training_of(recipe.student(largest))
+        train(alone, _training(recipe, task, spec, places, largest), first, progress)
+        _save(alone, first / _WEIGHTS)
+    for name, weight in alone.weights.items():
+        family.weights[name].copy_(weight)
+    if others:
+        _teach_together(folder, recipe, family, {n: n for n in others}, places, progress)
+    _save(family, folder / _WEIGHTS)
     write_json(folder / "family.json", {name: asdict(shape) for name, shape in shapes.items()})
 
 
-def _taught(
-    folder: Path, recipe: Recipe, shapes: Mapping[str, Shape], students: Mapping[str, str],
+def _teach_together(
+    folder: Path, recipe: Recipe, family: Family, students: Mapping[str, str],
     places: Places, progress: Progress, *, share: float = 1.0, title: str = "family",
-) -> Family:  # fmt: skip
-    """A family of these shapes after `share` of its training; each size with the settings of a
-    student of the recipe."""
+) -> None:  # fmt: skip
+    """`share` of the training of the sizes that `students` names, each with the settings of that
+    student of the recipe; other sizes of the family only lend their weights."""
     task = open_task(recipe, places.data)
-    family = _family(task, shapes, places)
-    specs = {name: recipe.training_of(recipe.student(students[name])) for name in shapes}
+    specs = {size: recipe.training_of(recipe.student(s)) for size, s in students.items()}
     base = recipe.distill.training
     epochs = share * sum(spec.epochs for spec in specs.values())
-    training = Training(
-        rows=task.rows("train"),
-        spec=base.model_copy(update={"epochs": epochs}),
-        seed=recipe.seed,
-        title=title,
-        validate=validator(task, recipe.seed),
-        **lesson(recipe, None, places),
-    )
-    sampling = Sampling(
-        shares={name: spec.epochs for name, spec in specs.items()},
-    ).for_family(family)
+    spec = base.model_copy(update={"epochs": epochs})
+    shares = {name: specs[name].epochs if name in specs else 0.0 for name in family.sizes}
+    sampling = Sampling(shares=shares).for_family(family)
     own = {
-        name: spec.learning_rate / base.learning_rate
-        for name, spec in specs.items() if recipe.student(students[name]).learning_rate
+        size: specs[size].learning_rate / base.learning_rate
+        for size, student in students.items() if recipe.student(student).learning_rate
     }  # fmt: skip
     sampling = replace(sampling, rates={**(sampling.rates or {}), **own})
-    train(family, training, folder, progress, sampling)
-    return family
+    train(family, _training(recipe, task, spec, places, title), folder, progress, sampling)
+
+
+def _training(
+    recipe: Recipe, task: Task, spec: TrainingSpec, places: Places, title: str
+) -> Training:
+    return Training(
+        rows=task.rows("train"), spec=spec, seed=recipe.seed, title=title,
+        validate=validator(task, recipe.seed), **lesson(recipe, None, places),
+    )  # fmt: skip
+
+
+def _save(family: Family, path: Path) -> None:
+    with replaced(path) as aside:
+        save_file({name: t.detach().contiguous() for name, t in family.state().items()}, aside)
 
 
 def plan_rivals(folder: Path, student: StudentSpec, planner: Planner, count: int) -> None:
@@ -114,10 +138,12 @@ def try_rivals(
             shapes[name], students[name] = Shape.of(plan["shape"]), student
             params[name] = plan["cost"]["params"]
     ordered = {name: shapes[name] for name in sorted(shapes, key=lambda name: -params[name])}
-    family = _taught(
-        folder, recipe, ordered, students, places, progress, share=_TRIAL, title="rivals"
+    task = open_task(recipe, places.data)
+    family = _family(task, ordered, places)
+    _teach_together(
+        folder, recipe, family, students, places, progress, share=_TRIAL, title="rivals"
     )
-    rows = open_task(recipe, places.data).rows("validation")
+    rows = task.rows("validation")
     found = {name: loss_and_accuracy(rows, family.extract(name)) for name in ordered}
     trial = {name: {"loss": loss, "accuracy": right} for name, (loss, right) in found.items()}
     write_json(folder / "trial.json", {"n": len(rows), "share": _TRIAL, "rivals": trial})
@@ -143,8 +169,13 @@ def decide(folder: Path, student: StudentSpec, rivals: Path, trial: Path) -> Non
 
 def load(task: Task, folder: Path, places: Places) -> Family:
     """What `teach` left in its folder."""
-    family = _family(task, read_shapes(folder), places)
-    family.load_state(load_file(folder / "family.safetensors"))
+    shapes = read_shapes(folder)
+    family = _family(task, shapes, places)
+    largest = next(iter(shapes))
+    alone = family.alone(largest)
+    alone.load_state(load_file(folder / LARGEST / _WEIGHTS))
+    family.load_state(load_file(folder / _WEIGHTS))
+    family.apart[largest] = alone
     return family
 
 

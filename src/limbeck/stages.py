@@ -23,14 +23,14 @@ from limbeck.architecture.cut import (
     student_config,
 )
 from limbeck.architecture.importance import described, importance, load_importance
-from limbeck.architecture.inputs import example_inputs
+from limbeck.architecture.inputs import example_inputs, shortened
 from limbeck.architecture.plan import CostModel, Sample, plan_student, within_budget
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.architecture.space import Candidate, candidates, shape_of
 from limbeck.errors import RecipeError
 from limbeck.export.files import write_files
-from limbeck.models import label_config, make_config, num_parameters
+from limbeck.models import make_config, num_parameters
 from limbeck.objective import Objective
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
@@ -45,6 +45,8 @@ from limbeck.signals.store import open_store
 from limbeck.signals.verify import Verification, verify
 from limbeck.step import Training
 from limbeck.tasks import task as tasks
+from limbeck.tasks.arrays import ArrayClassification
+from limbeck.tasks.estimators import make_estimator
 from limbeck.tasks.task import AllViews, Task, open_task, some
 from limbeck.teachers.stored import NoTeacher
 from limbeck.teaching import live_teacher, read_axes, signal_origins, validator
@@ -76,6 +78,10 @@ def prepare_own(
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
     """The teacher, taught the task if the recipe says so, as a plain Hugging Face folder."""
     task = open_task(recipe, data)
+    if (estimator := recipe.teacher.estimator) is not None:
+        assert isinstance(task, ArrayClassification)
+        make_estimator(folder, estimator, model, task, recipe.seed, progress)
+        return
     torch.manual_seed(recipe.seed)  # the new head
     if recipe.teacher.tune is None:
         _require_head(model, task)
@@ -88,7 +94,7 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
         training = Training(
             rows=task.rows("train"),
             teacher=NoTeacher(),
-            objective=Objective(hard_weight=1.0),
+            objective=Objective(smoothing=recipe.teacher.tune.label_smoothing),
             spec=recipe.teacher.tune,
             seed=recipe.seed,
             title="teacher",
@@ -148,13 +154,17 @@ def survey(folder: Path, recipe: Recipe, base: Path, data: Path, progress: Progr
     model = task.load(base, where="base")
     axes = find_axes(model.config, task.build)
     rows = some(task.rows("train"), _IMPORTANCE_ROWS, seed=seed)
-    axes = prove_axes(
-        model, model.config, task.build, axes, rows.batch(range(min(4, len(rows)))).inputs,
-        seed=seed,
-    )  # fmt: skip
+    few = shortened(rows.batch(range(min(4, len(rows)))).inputs)
+    with progress.bar("axes", len(axes), "axes") as bar:
+        axes = prove_axes(
+            model, model.config, task.build, axes, few, seed=seed, told=bar.advance
+        )
     batches = list(rows.batches(rows.num_together))
     proved = [a for a in axes if a.proved]
-    scores = importance(model, proved, batches, progress, recipe.importance)
+    scores = importance(
+        model, proved, batches, progress, recipe.importance,
+        precision=recipe.distill.training.precision,
+    )  # fmt: skip
     write_text(folder / "axes.json", axes_to_json(axes))
     scores.save(folder / "importance.safetensors")
     rises = [round(v, 6) for v in scores.layers.tolist()]
@@ -197,16 +207,17 @@ def make_base(
 
 def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -> PretrainedConfig:
     """Of what students are cut from. Raises RecipeError, SourceError."""
-    theirs = task.read_config(teacher, where="recipe.teacher.model")
     if recipe.base is None:
-        return theirs
+        return task.read_config(teacher, where="recipe.teacher.model")
     if model is not None:
         return task.read_config(model, where="recipe.base.model")
     assert recipe.base.config is not None
-    shared = {name: getattr(theirs, name) for name in task.input_fields if hasattr(theirs, name)}
+    shared = {}
+    if recipe.teacher.estimator is None:
+        theirs = task.read_config(teacher, where="recipe.teacher.model")
+        shared = {n: getattr(theirs, n) for n in task.input_fields if hasattr(theirs, n)}
     config = make_config(shared | recipe.base.config, where="recipe.base.config")
-    if task.labels:
-        label_config(config, task.labels)
+    task.adapt(config, where="recipe.base.config")
     return config
 
 
@@ -243,9 +254,9 @@ def untuned_axes(
 def places_of(run: Path) -> Places:
     """Where a finished run has them."""
     teacher, base, signals = run / "teacher/hf", run / "base/hf", run / "signals"
-    own = run / "base/data"
+    own = run / ("base/data" if load_recipe(run)[0].of_another_tokenizer else "data")
     return Places(
-        data=own if own.is_dir() else run / "data", teacher=teacher, space=run / "architecture",
+        data=own, teacher=teacher, space=run / "architecture",
         signals=signals if signals.is_dir() else None, base=base if base.is_dir() else teacher,
     )
 
@@ -333,6 +344,8 @@ def export(
     draft: bool = False,
 ) -> None:  # fmt: skip
     """The files that are shipped; as a draft those of a baseline, which is only asked questions."""
+    if not formats:
+        return  # a teacher that is asked as it is
     task = open_task(recipe, data)
     classifier = task.load(model, where=str(model)).eval()
     inputs = task.inputs(classifier.config)

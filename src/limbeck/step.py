@@ -131,7 +131,8 @@ class Step:
         most, on_cores = self.training.spec.micro_batch, self.device.type == "cpu"
         if self.normalises:  # what is normalised together must not hang on the number of cores
             most, on_cores = most or GHOST, False
-        parts = shares(len(at), most, on_cores=on_cores)
+        least = self.training.rows.num_together
+        parts = shares(len(at), most, on_cores=on_cores, least=least)
         return [batch(at[part.start : part.stop]).to(self.device) for part in parts]
 
     def __call__(self, step: int, *, look: bool) -> Found:

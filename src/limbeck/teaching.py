@@ -30,18 +30,21 @@ from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_teaching import DistillSpec, HiddenSpec
 from limbeck.run import file_sha256, write_json
+from limbeck.runtime import load_predictor
 from limbeck.signals.capture import capture
 from limbeck.signals.codecs import AnyCodec
 from limbeck.signals.origins import origins
 from limbeck.signals.store import MANIFEST, open_store
 from limbeck.signals.vectors import Embedding, Hidden
 from limbeck.step import Training
+from limbeck.tasks.estimators import FORMAT, MODEL, is_estimator
 from limbeck.tasks.task import AllViews, Rows, Task, open_task, some
+from limbeck.teachers.blackbox import BlackBox
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher, StoredTeacher
 from limbeck.temperature import temperature_of
 from limbeck.train import train
-from limbeck.types import Batch, Need, Places, Shape
+from limbeck.types import Batch, Need, Places, Shape, Teacher
 
 Start = Literal["prefix", "random"]
 _TEMPERATURE_SHARE = 10  # of the training, for each temperature that is tried
@@ -65,21 +68,23 @@ def distil(
     task = open_task(recipe, places.data)
     model = _student(recipe, shape, places, task, start)
     what = "" if taught else f", hard labels, {start} start"
+    by = lesson(recipe, student, places, temperature, features) if taught else hard_labels(recipe)
     training = Training(
         rows=task.rows("train"),
         spec=recipe.training_of(student),
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
-        **(lesson(recipe, student, places, temperature, features) if taught else hard_labels()),
+        **by,
     )
     train(model, training, folder, progress)
     task.save(cast(PreTrainedModel, model), places.base, folder)
 
 
-def hard_labels() -> dict[str, Any]:
+def hard_labels(recipe: Recipe) -> dict[str, Any]:
     """No teacher."""
-    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0)}
+    smoothing = recipe.distill.training.label_smoothing
+    return {"teacher": NoTeacher(), "objective": Objective(hard_weight=1.0, smoothing=smoothing)}
 
 
 def lesson(
@@ -92,6 +97,7 @@ def lesson(
         temperature=temperature_of(spec.temperature, temperature),
         soft_weight=spec.soft_weight,
         hard_weight=spec.hard_weight,
+        smoothing=spec.training.label_smoothing,
         divergence=spec.divergence.kind,
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
@@ -135,7 +141,10 @@ def other_teacher(task: Task, places: Places) -> CrossTokenizerTeacher:
     )
 
 
-def live_teacher(teacher: Path, task: Task) -> LiveTeacher:
+def live_teacher(teacher: Path, task: Task) -> Teacher:
+    if is_estimator(teacher):
+        path = teacher / MODEL
+        return BlackBox(load_predictor(path, FORMAT, threads=1), file_sha256(path))
     model = task.load(teacher, where="teacher")
     return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
 

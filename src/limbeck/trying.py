@@ -11,18 +11,19 @@ import numpy as np
 from limbeck.errors import SourceError
 from limbeck.recipe import Format
 from limbeck.runtime import load_predictor
+from limbeck.tasks.columns import Encoding, row_of
 from limbeck.tasks.images import PREPROCESSING, inputs_of
 
 
 def classify(student: Path, what: str) -> list[tuple[str, float]]:
     """By a student's folder in a run (its int8 file is used), an .onnx file or an `hf` folder.
 
-    `what` is a text, or for a model of images the path of one.
+    `what` is a text, for a model of images the path of one, for a model of rows a JSON object.
     """
     path, format, hf = _find(student)
     config = json.loads((hf / "config.json").read_text(encoding="utf-8"))
     about = hf / PREPROCESSING
-    inputs = _of_image(what, about) if about.is_file() else _of_text(what, hf)
+    inputs = _made_as(about, what) if about.is_file() else _of_text(what, hf)
     logits = load_predictor(path, format, threads=1)(inputs)[0]
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
@@ -66,8 +67,11 @@ def _of_text(text: str, hf: Path) -> dict[str, np.ndarray]:
     return {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
 
 
-def _of_image(image: str, preprocessing: Path) -> dict[str, np.ndarray]:
-    return inputs_of(Path(image), json.loads(preprocessing.read_text(encoding="utf-8")))
+def _made_as(preprocessing: Path, what: str) -> dict[str, np.ndarray]:
+    about = json.loads(preprocessing.read_text(encoding="utf-8"))
+    if about.get("kind") == "tabular":
+        return Encoding.of_json(about).one(row_of(what), "the row")
+    return inputs_of(Path(what), about)
 
 
 def _find(student: Path) -> tuple[Path, Format, Path]:

@@ -29,12 +29,24 @@ class Need(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Mixed:
+    """What a second example adds to each of a batch (mixup)."""
+
+    labels: Tensor  # (B,) int64, its hard labels
+    share: Tensor  # (B,) float32, how much of it: 0 to 0.5
+
+    def to(self, device: torch.device) -> Mixed:
+        return Mixed(labels=self.labels.to(device), share=self.share.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     inputs: Mapping[str, Tensor]  # what the model's forward takes
     labels: Tensor  # (B,) or (B, T) int64 hard labels, aligned with the logits
     mask: Tensor  # (B,) or (B, T) bool: True where the position counts; P of them
     example_ids: Tensor  # (B,) int64, stable across epochs: the key into a signal store
     views: Tensor | None = None  # (B, K) float64: what a random augmentation drew, to be replayed
+    mixed: Mixed | None = None  # with what else; of labels (B,)
 
     def to(self, device: torch.device) -> Batch:
         """What a model computes with; ids and views are looked up on the CPU."""
@@ -42,6 +54,7 @@ class Batch:
             inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
             labels=self.labels.to(device), mask=self.mask.to(device),
             example_ids=self.example_ids, views=self.views,
+            mixed=self.mixed and self.mixed.to(device),
         )  # fmt: skip
 
 
@@ -53,7 +66,8 @@ class Input:
     dims: tuple[int, ...]  # the largest of each
     free: tuple[str | None, ...]  # names of those that may be smaller; inputs share them by name
     dtype: Literal["int64", "float32"] = "float32"
-    below: int | None = None  # of integers: how many there are; None: all are 1
+    below: int | tuple[int, ...] | None = None
+    """Of integers: how many there are, of each column where they are several; None: all are 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,8 @@ ever used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from limbeck.architecture.activity import influence, mean_inputs, readers_of
 from limbeck.architecture.axes import Axis, Group, Member, find_axis
-from limbeck.architecture.proof_layers import skipped
+from limbeck.architecture.resuming import Layers
 from limbeck.cores import on_each
 from limbeck.errors import RecipeError
 from limbeck.losses.divergence import cross_entropy
@@ -82,9 +83,11 @@ def described(axes: Sequence[Axis], found: Importance) -> list[dict[str, Any]]:
 
 def importance(
     model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], progress: Progress,
-    spec: ImportanceSpec = _DEFAULT,
+    spec: ImportanceSpec = _DEFAULT, *, precision: str = "fp32",
 ) -> Importance:  # fmt: skip
     """Scores on these batches. Neither the model's weights nor their gradients are touched.
+
+    With `precision` bf16 forwards run under autocast.
 
     Raises RecipeError for axes that the asked measure says nothing about.
     """
@@ -93,7 +96,8 @@ def importance(
     layers = find_axis(axes, "layers")
     of_units = {"taylor": 3, "activation": 1, "magnitude": 0}[spec.units]
     of_layers = 1 + layers.size if layers and spec.layers == "leave-one-out" else bool(layers)
-    with progress.bar("importance", len(batches) * (of_units + of_layers), "passes") as bar:
+    bar_of = progress.bar("importance", len(batches) * (of_units + of_layers), "passes")
+    with bar_of as bar, _computing_in(precision, model):
         units = _SCORES[spec.units](model, axes, batches, bar)
         if layers is None:
             scores = torch.zeros(0)
@@ -104,13 +108,27 @@ def importance(
     return Importance(units, scores)
 
 
+@contextmanager
+def _computing_in(precision: str, model: nn.Module) -> Iterator[None]:
+    if precision == "fp32":
+        yield
+        return
+    device = next(model.parameters()).device.type
+    model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
 def _rises(model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar) -> Tensor:
-    plain = _total_loss(model, batches, bar)
-    rises = []
-    for i in range(layers.size):
-        with skipped(model, layers.pattern.format(i)):
-            rises.append((_total_loss(model, batches, bar) - plain) / len(batches))
-    return torch.tensor(rises)
+    opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
+    each = []
+    with opened.open():
+        for found in on_each(partial(opened.rises, partial(_loss, model)), batches):
+            each.append(found)
+            bar.advance(1 + layers.size)
+    return torch.tensor(each, dtype=torch.float64).mean(0).float()
 
 
 def _taylor(
@@ -171,18 +189,6 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean over what counts."""
     logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
     return cross_entropy(logits, batch.labels[batch.mask]).mean()
-
-
-def _total_loss(model: nn.Module, batches: Sequence[Batch], bar: Bar) -> float:
-    @torch.inference_mode()
-    def loss(batch: Batch) -> float:
-        return _loss(model, batch).item()
-
-    total = 0.0
-    for value in on_each(loss, batches):
-        total += value
-        bar.advance(1)
-    return total
 
 
 def _gradients(

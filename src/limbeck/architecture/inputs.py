@@ -14,6 +14,7 @@ from limbeck.errors import AxisError
 
 _SEED = 0
 _TOKENS = 7
+_EXAMPLES, _SHOWN = 2, 16  # of real ones
 _SIDES = (32, 64, 96)  # of an image whose size no config names: some nets halve it five times
 _SAMPLES = (1600, 6400, 400)  # of a waveform
 
@@ -24,10 +25,14 @@ def example_inputs(
     """Two random examples of what the model reads. Raises AxisError where none of them runs.
 
     What it reads is its `main_input_name`, and whatever else its forward cannot do without:
-    tokens for a decoder, an image beside a text. Of sizes that no config names some are tried.
+    tokens for a decoder, an image beside a text. Of sizes that no config names some are tried. A
+    model of another kind of input has an example of it: `dummy_inputs`, as transformers calls it.
     """
     takes = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
+    own: dict[str, Tensor] = getattr(model, "dummy_inputs", {})
+    if main not in _MAKERS and main in own:
+        return own
     names = [main, *(n for n in ("input_ids", "pixel_values") if n in takes and n != main)]
     problem: Exception | None = None
     for wanted in dict.fromkeys(((main,), tuple(names))):
@@ -48,6 +53,15 @@ def example_inputs(
         "model", f"reads {main!r}, and {'no such input is known' if problem is None else problem}",
         allowed=", ".join(_MAKERS),
     )  # fmt: skip
+
+
+def shortened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first two examples, of tokens the first 16: what a proof shows does not hang on how many
+    there are, and its dozens of forwards are then mostly the reading of the weights."""
+    return {
+        name: tensor[:_EXAMPLES] if tensor.is_floating_point() else tensor[:_EXAMPLES, :_SHOWN]
+        for name, tensor in inputs.items()
+    }
 
 
 def _as_wide(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,14 +35,22 @@ def prove_axes(
     inputs: Mapping[str, Tensor],
     *,
     seed: int,
+    told: Callable[[int], object] | None = None,
 ) -> tuple[Axis, ...]:
-    """The same axes, each proved or refused with its reason. The model (fp32) is left as it was."""
+    """The same axes, each proved or refused with its reason. The model (fp32) is left as it was.
+
+    `told` the number of axes done since it was last told.
+    """
     training = model.training
     model.eval()
     try:
         trusted = [replace(axis, proved=True) for axis in axes]  # what a cut would presuppose
         bench = Loaded(model, config, build, trusted, inputs, seed)
-        found = [_verdict(axis, bench) for axis in axes]
+        found = []
+        for axis in axes:
+            found.append(_verdict(axis, bench))
+            if told is not None:
+                told(1)
     finally:
         model.train(training)
     lost = {axis.name for axis in found if not axis.proved}

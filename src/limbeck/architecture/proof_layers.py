@@ -82,9 +82,7 @@ def skipped(model: nn.Module, *layers: str) -> Iterator[None]:
     """Let these layers (module names) hand their input through."""
 
     def through(_module: nn.Module, args: Any, kwargs: Any, output: object) -> object:
-        given = [*args, kwargs.get("hidden_states"), *kwargs.values()]
-        hidden = next(value for value in given if isinstance(value, Tensor))
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return handed_through(args, kwargs, output)
 
     handles = [
         model.get_submodule(name).register_forward_hook(through, with_kwargs=True)
@@ -95,3 +93,10 @@ def skipped(model: nn.Module, *layers: str) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def handed_through(args: Any, kwargs: Any, output: object) -> object:
+    """What a layer gives that does nothing: its input, and all else that it gave."""
+    given = [*args, kwargs.get("hidden_states"), *kwargs.values()]
+    hidden = next(value for value in given if isinstance(value, Tensor))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -86,7 +86,7 @@ def _front_matter(report: Report, teacher: Origin) -> str:
     fields: dict[str, Any] = {
         "license": _licence_id(teacher.licence),
         "base_model": teacher.uri if teacher.origin == "hub" else None,
-        "library_name": "transformers",
+        "library_name": kind_of(report.recipe).library,
         "pipeline_tag": tag,
         "tags": ["limbeck", "knowledge-distillation", tag],
         "metrics": ["accuracy"],
@@ -183,7 +183,7 @@ def _conditions(report: Report, student: StudentEntry) -> str:
 
 def _snippets(report: Report, student: StudentEntry) -> Sequence[str]:
     kind = kind_of(report.recipe)
-    parts = ["In this folder, with transformers:", f"```python\n{kind.transformers}```"]
+    parts = [f"In this folder, with {kind.library}:", f"```python\n{kind.transformers}```"]
     here, file = student.artifact("hf"), student.main
     if not file.format.startswith(kind.runs):
         file = next((a for a in student.artifacts if a.format.startswith(kind.runs)), file)

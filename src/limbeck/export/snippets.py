@@ -20,13 +20,15 @@ class Kind:
     transformers: str
     other: Callable[[Settings], str]
     """For the exported files, with PATH where the file's name belongs."""
+    library: str = "transformers"
+    """That knows the class of the folder."""
     runs: str = "onnx"
     """How the formats of these files begin."""
     by: str = "With ONNX Runtime, and no torch"
 
 
 def kind_of(recipe: Mapping[str, Any]) -> Kind:
-    return KINDS[recipe.get("task", {}).get("kind", "text-classification")]
+    return KINDS.get(recipe.get("task", {}).get("kind", "text-classification"), _OWN)
 
 
 def _tokens(task: Settings) -> str:
@@ -151,6 +153,99 @@ model = Llama(PATH, verbose=False)
 print(model.create_completion("Your text", max_tokens=40, temperature=0)["choices"][0]["text"])
 """
 
+# Shared by both: a row as the task's files have them, as named arrays of batch 1.
+_READ_ROW = """\
+def read(row):
+    found = {}
+    if about["numbers"]:
+        found["numbers"] = np.float32([[row[one["name"]] for one in about["numbers"]]])
+    if about["categories"]:
+        # 0 is a value that the training rows lack
+        found["categories"] = np.int64(
+            [[one["values"].index(row[one["name"]]) + 1 for one in about["categories"]]]
+        )
+    return found
+
+
+with open("preprocessing.json", encoding="utf-8") as file:
+    about = json.load(file)
+# In place of this your own row, by column: here means, and the first of each column's categories.
+row = {one["name"]: one["mean"] for one in about["numbers"]}
+row |= {one["name"]: one["values"][0] for one in about["categories"]}
+"""
+
+_TABLE = f"""\
+import json
+
+import numpy as np
+import torch
+from limbeck.nets import TabularClassifier
+
+
+{_READ_ROW}
+model = TabularClassifier.from_pretrained(".").eval()
+with torch.inference_mode():
+    inputs = {{name: torch.from_numpy(array) for name, array in read(row).items()}}
+    probabilities = model(**inputs).logits.softmax(-1)[0]
+best = int(probabilities.argmax())
+print(model.config.id2label[best], f"{{probabilities[best]:.3f}}")
+"""
+
+_TABLE_ONNX = f"""\
+import json
+
+import numpy as np
+import onnxruntime
+
+
+{_READ_ROW}
+with open("config.json", encoding="utf-8") as file:
+    labels = json.load(file)["id2label"]
+session = onnxruntime.InferenceSession(PATH)
+(logits,) = session.run(["logits"], read(row))[0]
+probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+best = int(logits.argmax())
+print(labels[str(best)], f"{{probabilities[best]:.3f}}")
+"""
+
+# Arrays of whatever task: their names and sizes are the file's own.
+_ARRAYS = """\
+import json
+
+import numpy as np
+import torch
+from limbeck import nets
+
+with open("config.json", encoding="utf-8") as file:
+    model = nets.CLASSES[json.load(file)["model_type"]].from_pretrained(".").eval()
+with torch.inference_mode():
+    logits = model(**model.dummy_inputs).logits  # in place of these your own arrays
+best = int(logits[0].argmax())
+print(model.config.id2label[best], f"{logits.softmax(-1)[0, best]:.3f}")
+"""
+
+_ARRAYS_ONNX = """\
+import json
+
+import numpy as np
+import onnxruntime
+
+with open("config.json", encoding="utf-8") as file:
+    labels = json.load(file)["id2label"]
+session = onnxruntime.InferenceSession(PATH)
+types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+# In place of zeros your own arrays, of these sizes.
+inputs = {i.name: np.zeros([1, *i.shape[1:]], types[i.type]) for i in session.get_inputs()}
+(logits,) = session.run(["logits"], inputs)[0]
+probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+best = int(logits.argmax())
+print(labels[str(best)], f"{probabilities[best]:.3f}")
+"""
+
+
+def _columns(_: Settings) -> str:
+    return "raw numbers and categories by index, as preprocessing.json says"
+
 
 def _row(task: Settings) -> str:
     return f"it was taught on rows of at most {task.get('max_tokens')} tokens"
@@ -163,8 +258,16 @@ KINDS = {
     "image-classification": Kind(
         "An image classifier", "image-classification", _pixels, _IMAGE, lambda _: _IMAGE_ONNX
     ),
+    "tabular": Kind(
+        "A classifier of table rows", "tabular-classification", _columns, _TABLE,
+        lambda _: _TABLE_ONNX, library="limbeck",
+    ),
     "language-modeling": Kind(
         "A language model", "text-generation", _row, _LANGUAGE, lambda _: _LANGUAGE_GGUF,
         runs="gguf", by="With llama.cpp, by llama-cpp-python",
     ),
 }
+_OWN = Kind(
+    "A classifier", "other", lambda _: "arrays, as preprocessing.json says", _ARRAYS,
+    lambda _: _ARRAYS_ONNX, library="limbeck",
+)  # fmt: skip

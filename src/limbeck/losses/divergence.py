@@ -196,10 +196,15 @@ def standardize(logits: Tensor) -> Tensor:
     return (centred * (variance + 1e-12).rsqrt()).masked_fill(~counted, -math.inf)
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """-log q[label], with hard labels. (..., C), (...) int64 -> (...)."""
+def cross_entropy(student_logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """-log q[label], with hard labels. (..., C), (...) int64 -> (...).
+
+    Of each label the share `smoothing` is spread over all classes, the label's own among them
+    (Szegedy et al. 2016, 1512.00567, sec. 7).
+    """
     log_q = at_least_fp32(student_logits).log_softmax(-1)
-    return -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    own = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return own if smoothing == 0 else (1 - smoothing) * own - smoothing * log_q.mean(-1)
 
 
 def _log_probs(

@@ -22,12 +22,14 @@ from limbeck.report.document import (
 )
 from limbeck.report.markdown import markdown
 from limbeck.report.page import page
+from limbeck.report.parting import Answer, Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 from limbeck.report.tables import terminal_table
 from limbeck.report.wording import Verdict, summary, verdicts
 from limbeck.run import write_json, write_text
 
 __all__ = [
+    "Answer",
     "Artifact",
     "Baselines",
     "BudgetEntry",
@@ -37,6 +39,7 @@ __all__ = [
     "FrontierPoint",
     "Latency",
     "Parity",
+    "Parting",
     "Quality",
     "Report",
     "Retention",

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.parting import Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
@@ -36,6 +37,9 @@ class Quality(Spec):
     perplexity: float | None = Field(None, ge=0)
     """Of a language model: exp of the mean loss of a token, less is better. Comparable between
     models of one tokenizer alone."""
+    mean_kl: float | None = None
+    """Of a baseline: mean of KL(teacher || this) at temperature 1, in nats; the student's own is
+    its `fidelity`."""
 
 
 class Retention(Spec):
@@ -107,8 +111,8 @@ class TeacherEntry(Spec):
 
     name: str = Field(min_length=1)
     """Where it came from, or its short name."""
-    params: int = Field(ge=0)
-    """Parameters, embeddings included."""
+    params: int | None = Field(ge=0)
+    """Parameters, embeddings included; null for an estimator, which has none to count."""
     primary: str
     """The format that budgets and retention speak of."""
     artifacts: tuple[Artifact, ...] = Field(min_length=1)
@@ -212,6 +216,8 @@ class Baselines(Spec):
 class StudentEntry(TeacherEntry):
     """One member of the family."""
 
+    params: int = Field(ge=0)
+    """Parameters, embeddings included."""
     shape: ShapeEntry
     """What was cut."""
     reason: str
@@ -226,6 +232,9 @@ class StudentEntry(TeacherEntry):
     """By name; for a classifier one per class."""
     baselines: Baselines = Baselines()
     """What the student must be better than."""
+    partings: tuple[Parting, ...] = ()
+    """Images: some that the primary format answers otherwise than the teacher, the furthest (KL)
+    first."""
     trained: bool = True
     """false: cut between the trained sizes of an elastic run."""
 

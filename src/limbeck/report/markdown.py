@@ -6,6 +6,7 @@ import html
 import re
 
 from limbeck.report.document import Report
+from limbeck.report.pictures import parting_text
 from limbeck.report.tables import (
     Table,
     baselines_table,
@@ -49,6 +50,9 @@ def markdown(report: Report) -> str:
         ("Capabilities, the worst kept first", capabilities_table(report)),
         ("Files", files_table(report)),
     ]
+    if parted := [s for s in report.students if s.partings]:
+        said = "; ".join(f"{s.name} {parting_text(s)}" for s in parted)
+        parts += ["## Where they part", _plain(f"{said}. report.html shows some of them.")]
     for title, table in sections:
         if table.rows:
             parts += [f"## {title}", _table(table)]

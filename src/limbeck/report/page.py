@@ -21,6 +21,7 @@ from limbeck.report.figures import (
     training_figures,
 )
 from limbeck.report.markdown import REPEAT
+from limbeck.report.pictures import pictures
 from limbeck.report.tables import (
     Table,
     baselines_table,
@@ -81,6 +82,10 @@ def _sections(report: Report) -> Iterator[str]:
         yield section("Between the sizes", said, drawn)
     if any(student.capabilities for student in report.students):
         yield section("What each student kept", _kept_words(report), _kept(report))
+    if shown := pictures(report):
+        said = "Images that a student answers otherwise than its teacher, the furthest apart (KL) "
+        said += "first. Each model's three most probable answers; the right one is bold."
+        yield section("Where they part", said, shown)
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
     if (baselines := baselines_table(report)).rows:
         said = "The same students made in other ways, and a model that needs no transformer."
@@ -103,7 +108,9 @@ def _sections(report: Report) -> Iterator[str]:
 
 def _lead(report: Report) -> str:
     main = report.teacher.main
-    said = f"Teacher: {report.teacher.name}, {count_text(report.teacher.params)} parameters"
+    said = f"Teacher: {report.teacher.name}"
+    if report.teacher.params is not None:
+        said += f", {count_text(report.teacher.params)} parameters"
     if main.quality:
         said += f", {quality_text(main.quality)} {report.metric}"
         said += f" on {main.quality.n:,} held-out examples"

@@ -9,6 +9,7 @@ from typing import Any
 from limbeck.report.document import (
     Capability,
     Latency,
+    Quality,
     Report,
     Retention,
     Stage,
@@ -76,7 +77,7 @@ def _cost_cells(name: str, model: TeacherEntry) -> tuple[str, ...]:
     main = model.main
     return (
         name,
-        count_text(model.params),
+        NONE if model.params is None else count_text(model.params),
         bytes_text(main.size_bytes),
         _latency_cell(main.latency_ms),
         rate_text(main.throughput_per_s),
@@ -117,17 +118,29 @@ def budgets_table(report: Report) -> Table:
 
 
 def baselines_table(report: Report) -> Table:
-    """The student, and what the same shape reaches without being taught by the teacher."""
-    rows = []
+    """The student, and what the same shape reaches without being taught by the teacher; of language
+    models also perplexity and KL."""
+    rows: list[tuple[str, ...]] = []
     for student in report.students:
         others = [getattr(student.baselines, name) for name in BASELINES]
-        if any(others):
-            cells = [quality_text(quality) for quality in (student.main.quality, *others)]
-            rows.append((student.name, *cells))
+        if not any(others):
+            continue
+        each: list[Quality | None] = [student.main.quality, *others]
+        rows.append((student.name, *map(quality_text, each)))
+        if any(q.perplexity for q in each if q):
+            perplexities = [q.perplexity if q else None for q in each]
+            rows.append((f"{student.name}, perplexity", *map(_plain, perplexities)))
+            kls = [q.mean_kl if q else None for q in others]
+            own = student.fidelity.mean_kl if student.fidelity else None
+            rows.append((f"{student.name}, mean KL, nats", *map(_plain, (own, *kls))))
     if report.linear:
         empty = (NONE,) * len(BASELINES)
         rows.append(("linear on TF-IDF", quality_text(report.linear), *empty))
     return Table(("model", report.metric, *BASELINES.values()), tuple(rows))
+
+
+def _plain(value: float | None) -> str:
+    return NONE if value is None else digits3(value)
 
 
 def capability_names(report: Report) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import DataError
+from limbeck.observe import tokens
 from limbeck.signals.draws import uniforms
 from limbeck.signals.targets import FLOATS, check_setting
 from limbeck.types import Batch, Need, Signal
@@ -51,7 +52,7 @@ class Hidden:
 
         Raises DataError for a layer that the teacher did not give.
         """
-        mask = batch.inputs["attention_mask"].bool()  # (B, T)
+        mask = tokens(batch)  # (B, T)
         fields = {}
         for number, layer in enumerate(self.layers):
             if layer not in signal.hidden:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -34,6 +35,7 @@ from limbeck.tasks.images import (
     Unreadable,
     augmented,
     drawn,
+    partner,
     pixels_of,
     tensor_of,
     transform,
@@ -41,7 +43,7 @@ from limbeck.tasks.images import (
 from limbeck.tasks.rows import in_order, some_of
 from limbeck.tasks.splits import divided
 from limbeck.tasks.task import Outline
-from limbeck.types import Batch, Input
+from limbeck.types import Batch, Input, Mixed
 
 _CLASSIFIERS = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES  # by model_type
 _ALLOWED = "a folder with the config.json and model.safetensors of an image classifier"
@@ -64,6 +66,7 @@ class Rows:
     std: Sequence[float]
     augment: AugmentSpec | None = None
     seed: int = 0
+    whole: Rows | None = None  # that these were drawn from; mixup takes its partners there
     num_together = 32
 
     def __len__(self) -> int:
@@ -89,17 +92,30 @@ class Rows:
     def batch(self, positions: Sequence[int]) -> Batch:
         """View v of row i stands at v * N + i. `pixel_values` (B, C, S, S)."""
         view, at = np.divmod(np.asarray(positions), len(self))
+        values, mixed = self._seen(at, view), None
+        if view.any() and self.augment is not None and self.augment.mixup is not None:
+            whole, alpha = self.whole or self, self.augment.mixup
+            pairs = zip(self.places[at].tolist(), view.tolist(), strict=True)
+            found = [partner(alpha, self.seed, i, v, len(whole)) for i, v in pairs]
+            others, share = np.array([i for i, _ in found]), torch.tensor([s for _, s in found])
+            values = values.lerp_(whole._seen(others, view), share.view(-1, 1, 1, 1))
+            mixed = Mixed(labels=torch.from_numpy(whole.labels[others]), share=share)
+        return Batch(
+            inputs={"pixel_values": values},
+            labels=torch.from_numpy(self.labels[at]),
+            mask=torch.ones(len(at), dtype=torch.bool),
+            example_ids=torch.from_numpy(self.places[at] * self.num_views + view),
+            mixed=mixed,
+        )
+
+    def _seen(self, at: np.ndarray, view: np.ndarray) -> Tensor:
+        """Images `at` in these views, not mixed yet. (B, C, S, S)"""
         pixels = self.pixels[at]
         if view.any():
             assert self.augment is not None
             pairs = zip(self.places[at].tolist(), view.tolist(), strict=True)
             pixels = augmented(pixels, [drawn(self.augment, self.seed, i, v) for i, v in pairs])
-        return Batch(
-            inputs={"pixel_values": tensor_of(pixels, self.mean, self.std)},
-            labels=torch.from_numpy(self.labels[at]),
-            mask=torch.ones(len(at), dtype=torch.bool),
-            example_ids=torch.from_numpy(self.places[at] * self.num_views + view),
-        )
+        return tensor_of(pixels, self.mean, self.std)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows once, as they are, in order."""
@@ -111,8 +127,9 @@ class Rows:
             return self
         at = some_of(len(self), n, seed=seed)
         return replace(
-            self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at]
-        )
+            self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at],
+            whole=self.whole or self,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,9 @@ class ImageClassification:
             )  # fmt: skip
         models.label_config(config, self.labels)
         return config
+
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:  # noqa: ARG002 any is fine
+        models.label_config(config, self.labels)
 
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
         config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
@@ -237,14 +257,20 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         if own is not None and sorted(own) == labels:
             labels = list(own)  # in the order that the head has learnt
 
-    hashes, rows, found = {}, {}, _Found([], 0)
+    hashes, counts, found = {}, {}, _Found([], 0)
     for split, source, at, where in (
         ("train", table, train_at, "recipe.data.train"),
         ("validation", table, validation_at, "recipe.data.train"),
         ("test", test_table, test_at, "recipe.data.test" if test else "recipe.data.train"),
     ):
         with replaced(folder / f"{split}.parquet") as aside:
-            hashes[split], rows[split] = _write(aside, source, at, labels, spec, where, found)
+            hashes[split], counts[split] = _write(aside, source, at, labels, spec, where, found)
+    if gone := sorted({table.labels[i] for i in train_at} - counts["train"].keys()):
+        raise DataError(
+            "recipe.data.train", f"none of the images of {', '.join(gone[:_NAMED])} decodes",
+            allowed="one or more of each class", fix="check them, or leave the class out",
+        )  # fmt: skip
+    rows = {split: count.total() for split, count in counts.items()}
     write_json(
         folder / "data.json",
         {
@@ -262,8 +288,9 @@ class _Found:
     def warnings(self, twins: int) -> list[str]:
         said = []
         if n := len(self.damaged):
-            named = "; ".join(self.damaged[:_NAMED]) + ("; ..." if n > _NAMED else "")
-            said.append(f"{n} damaged images were left out: {named}.")
+            named = "; ".join(self.damaged[:_NAMED])
+            more = f"; and {n - _NAMED:,} more" if n > _NAMED else ""
+            said.append(f"{n:,} damaged images were left out: {named}{more}.")
         if self.converted:
             said.append(f"{self.converted} images had other channels and were converted.")
         if twins:
@@ -274,12 +301,13 @@ class _Found:
 def _write(
     path: Path, table: ImageTable, at: np.ndarray, labels: Sequence[str], spec: ImageTask,
     where: str, found: _Found,
-) -> tuple[set[bytes], int]:  # fmt: skip
-    """Decode these images into one Parquet file: the fingerprints of their pixels, how many."""
+) -> tuple[set[bytes], Counter[str]]:  # fmt: skip
+    """Decode these images into one Parquet file: the fingerprints of their pixels, and how many
+    of each label."""
     width = spec.size**2 * spec.num_channels
     schema = pa.schema([("id", pa.int64()), ("label", pa.int64()), ("pixels", pa.binary(width))])
     hashes: set[bytes] = set()
-    rows = 0
+    counts: Counter[str] = Counter()
     chunks = [at[start : start + _CHUNK] for start in range(0, len(at), _CHUNK)]
     with pq.ParquetWriter(path, schema) as writer, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of files that are a little wrong
@@ -303,18 +331,18 @@ def _write(
                 kept.append(i)
                 values.append(pixels.tobytes())
             hashes |= {hashlib.blake2b(value, digest_size=16).digest() for value in values}
-            rows += len(kept)
+            counts.update(table.labels[i] for i in kept)
             columns = [
                 pa.array(kept, pa.int64()),
                 pa.array([labels.index(table.labels[i]) for i in kept], pa.int64()),
                 pa.array(values, pa.binary(width)),
             ]
             writer.write_table(pa.table(columns, schema=schema))
-    if not rows:
+    if not counts:
         raise DataError(
             where, f"none of {len(at)} images decodes", allowed="images", fix="check some of them"
         )
-    return hashes, rows
+    return hashes, counts
 
 
 def _decode(

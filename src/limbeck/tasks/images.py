@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,16 @@ def drawn(spec: AugmentSpec, seed: int, example: int, view: int) -> tuple[int, i
     return flip, int(down), int(right)
 
 
+def partner(alpha: float, seed: int, example: int, view: int, count: int) -> tuple[int, float]:
+    """Which of `count` training images a view is mixed with, and that one's share: a pure function
+    of these (mixup, Zhang et al. 2018, arXiv:1710.09412; the larger share is the example's own)."""
+    if view == 0:
+        return 0, 0.0
+    random = np.random.Generator(np.random.Philox(key=[seed * 2**32 + 2**31 + view, example]))
+    share = float(random.beta(alpha, alpha))
+    return int(random.integers(count)), min(share, 1 - share)
+
+
 def augmented(pixels: np.ndarray, draws: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Pixels (B, S, S, C) with each image's own draw applied; a copy."""
     size = pixels.shape[1]
@@ -152,6 +164,33 @@ def transform(task: ImageTask) -> dict[str, Any]:
         "size": task.size, "fit": task.fit, "channels": task.channels,
         "mean": list(task.mean or (0.5,) * n), "std": list(task.std or (0.5,) * n),
     }  # fmt: skip
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image file of (S, S, C) uint8, grey or colour (PNG specification, sec. 5 and 9)."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    height, width, channels = pixels.shape
+    colour = {1: 0, 3: 2}[channels]
+    head = struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)
+    unfiltered = np.concatenate(
+        [np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1
+    )  # a byte before each row says how it is filtered
+    packed = zlib.compress(unfiltered.tobytes(), 9)
+    chunks = ((b"IHDR", head), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+def reduced(pixels: np.ndarray, most: int) -> np.ndarray:
+    """(S, S, C) uint8 to at most `most` pixels a side, by means of whole blocks."""
+    block = -(-pixels.shape[0] // most)
+    size = pixels.shape[0] // block
+    cut = pixels[: size * block, : size * block]
+    blocks = cut.reshape(size, block, size, block, -1)
+    return blocks.mean((1, 3)).round().astype(np.uint8)
 
 
 def inputs_of(image: Path, preprocessing: Mapping[str, Any]) -> dict[str, np.ndarray]:

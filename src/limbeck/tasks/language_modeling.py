@@ -104,6 +104,9 @@ class LanguageModeling:
             )  # fmt: skip
         return config
 
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:
+        """Nothing: its vocabulary is the teacher's."""
+
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:  # noqa: ARG002
         return None
 

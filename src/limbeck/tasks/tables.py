@@ -30,7 +30,7 @@ def read_table(path: Path, spec: DataSpec, *, where: str) -> Table:
     texts: list[str] = []
     labels: list[str] = []
     groups: list[str] = []
-    for number, row in enumerate(_rows(path, spec, wanted, where), start=1):
+    for number, row in enumerate(rows_of(path, spec, wanted, where), start=1):
         text, label = row[spec.text], row[spec.label]
         if not isinstance(text, str) or not text.strip():
             raise DataError(
@@ -67,9 +67,10 @@ def named_label(label: Any, spec: DataSpec, where: str) -> str:
     return names[int(label)]
 
 
-def _rows(
-    path: Path, spec: DataSpec, wanted: Sequence[str], where: str
+def rows_of(
+    path: Path, spec: DataSpec, wanted: Sequence[str], where: str, *, every: bool = False
 ) -> Iterator[dict[str, Any]]:
+    """Each with the wanted columns at least, or with every one. Raises DataError."""
     if path.is_dir():
         return _folder_rows(path, spec, where)
     suffix = path.suffix.lower()
@@ -83,7 +84,7 @@ def _rows(
     if suffix in (".jsonl", ".ndjson"):
         return _json_rows(path, wanted, where)
     if suffix == ".parquet":
-        return _parquet_rows(path, wanted, where)
+        return _parquet_rows(path, wanted, where, every=every)
     raise DataError(
         where, f"{path.name} is of no known kind",
         allowed=".csv, .tsv, .tab, .jsonl, .parquet or a folder with one subfolder per label",
@@ -146,14 +147,16 @@ def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[s
             yield row
 
 
-def _parquet_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(
+    path: Path, wanted: Sequence[str], where: str, *, every: bool = False
+) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
         require_columns(wanted, file.schema_arrow.names, where)
-        for batch in file.iter_batches(columns=list(wanted)):
+        for batch in file.iter_batches(columns=None if every else list(wanted)):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(

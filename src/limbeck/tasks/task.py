@@ -31,6 +31,7 @@ _KINDS = {
     "text-classification": "limbeck.tasks.text_classification",
     "image-classification": "limbeck.tasks.image_classification",
     "language-modeling": "limbeck.tasks.language_recipe",
+    "tabular": "limbeck.tasks.tabular",
 }
 
 
@@ -117,6 +118,11 @@ class Task(Protocol):
     def read_config(self, folder: Path, *, where: str) -> PretrainedConfig:
         """The model's config with this task's labels. Raises SourceError, RecipeError for a model
         that does not serve the task."""
+        ...
+
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:
+        """Set what of a new config the data decide. Raises RecipeError for one that does not take
+        them."""
         ...
 
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:

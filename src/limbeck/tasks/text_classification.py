@@ -122,6 +122,9 @@ class TextClassification:
         models.label_config(config, self.labels)
         return config
 
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:  # noqa: ARG002 any is fine
+        models.label_config(config, self.labels)
+
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
         return models.head_labels(folder, where=where)
 

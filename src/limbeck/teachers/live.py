@@ -16,10 +16,13 @@ class LiveTeacher:
 
     provides = frozenset({Need.LOGITS, Need.HIDDEN, Need.EMBEDDING})
 
-    def __init__(self, model: nn.Module, fingerprint: str, layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, fingerprint: str, layers: Sequence[str] = (), *,
+        precision: str = "fp32",
+    ) -> None:  # fmt: skip
         """`layers`: the hidden states that will be asked for, by number or path; none: all."""
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
-        self._observe = Observer(model, layers)
+        self._observe = Observer(model, layers, precision=precision)
 
     @torch.inference_mode()
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:
