@@ -11,8 +11,8 @@ ROOT = Path(limbeck.__file__).parent
 LAYERS = (
     {"errors"},
     {
-        "recipe", "recipe_data", "recipe_task", "recipe_teacher", "recipe_teaching", "types",
-        "progress", "_startup", "cores", "ranks", "losses",
+        "recipe", "recipe_data", "recipe_task", "recipe_checks", "recipe_teacher",
+        "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses",
     },
     {"recipe_file"},
     {"run"},
@@ -29,7 +29,8 @@ LAYERS = (
     {"family", "shared_adamw", "trimming"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
-        "generating", "on_policy", "judging", "judging_language", "answers", "runtime",
+        "generating", "on_policy", "cross_tokenizer", "judging", "judging_language", "answers",
+        "runtime",
         "runtime_worker",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},

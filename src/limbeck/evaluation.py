@@ -5,6 +5,7 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from limbeck._startup import prepare_torch
 from limbeck.findings import artifact_path
 from limbeck.judging import Asked
 from limbeck.linear import linear_predictions
-from limbeck.models import num_parameters
+from limbeck.measure_language import document_bytes
+from limbeck.models import load_tokenizer, num_parameters
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
@@ -29,6 +31,7 @@ from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
+_SUMS = ("documents", "nll")  # of a language model's answers
 _PARTINGS = 8  # images of each student that the report shows
 _THUMBNAIL = 96  # pixels a side, at most
 _ANSWERS = 3
@@ -167,6 +170,35 @@ def _answered(said: _Said, rows: Rows) -> Asked:
     path, format, at = said
     arrays = {f.stem: np.load(f, allow_pickle=False) for f in sorted(at.glob("*.npy"))}
     return Asked(path=path, format=format, rows=rows, said=arrays)
+
+
+def compare_texts(
+    folder: Path, recipe: Recipe, student: _Said, teacher: _Said, data: Path, progress: Progress,
+    *, teachers: Path,
+) -> None:  # fmt: skip
+    """Of two language models with different tokenizers: bits for each byte of the test texts that
+    both read to their end. Shares of right tokens do not compare.
+
+    `data` are in the student's tokens, `teachers` in the teacher's.
+    """
+    sides = []
+    for (path, format, at), rows_at in ((student, data), (teacher, teachers)):
+        hf = path if format == "hf" else path.parent.parent / "hf"
+        rows: Any = open_task(recipe, rows_at).rows("test")
+        num_bytes = document_bytes(rows, load_tokenizer(hf, where=str(hf)))
+        documents, nll = (np.load(at / f"{n}.npy", allow_pickle=False) for n in _SUMS)
+        sides.append((num_bytes, dict(zip(documents.tolist(), nll.tolist(), strict=True))))
+    (mine, _), (theirs, _) = sides
+    both = [d for d, (whole, _) in mine.items() if whole and theirs.get(d, (0, 0))[0] == whole]
+    bits = [
+        sum(nll[d] for d in both) / max(1, sum(num_bytes[d][1] for d in both)) / math.log(2)
+        for num_bytes, nll in sides
+    ]
+    progress.say(f"{len(both)} texts in two tokenizers: {bits[0]:.3f} bits a byte, "
+                 f"the teacher {bits[1]:.3f}")  # fmt: skip
+    found = {"student": bits[0], "teacher": bits[1], "n": len(both)}
+    nothing: dict[str, Any] = {"retention": None, "fidelity": None, "capabilities": {}}
+    write_json(folder / "comparison.json", nothing | {"bits_per_byte": found})
 
 
 def _ask(

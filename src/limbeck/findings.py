@@ -171,7 +171,7 @@ def _student(run: Run, recipe: Recipe, member: Member) -> StudentEntry:
         retention=Retention.model_validate(compared["retention"])
         if compared["retention"]
         else None,
-        fidelity=Fidelity.model_validate(compared["fidelity"]),
+        fidelity=Fidelity.model_validate(compared["fidelity"]) if compared["fidelity"] else None,
         capabilities={k: Capability.model_validate(v) for k, v in compared["capabilities"].items()},
         partings=tuple(Parting.model_validate(one) for one in compared.get("partings", ())),
         trained=recipe.student(member.name).trained,
@@ -269,6 +269,16 @@ def _curves(
     return curves
 
 
+def _of_two_tokenizers(name: str, compared: Mapping[str, Any]) -> list[str]:
+    if (bits := compared.get("bits_per_byte")) is None:
+        return []
+    return [
+        f"{name} has another tokenizer than its teacher, so that accuracies and perplexities do "
+        f"not compare: it needs {bits['student']:.3f} bits for a byte of {bits['n']:,} test texts, "
+        f"the teacher {bits['teacher']:.3f}."
+    ]
+
+
 def _writing(recipe: Recipe, curves: Mapping[str, Sequence[TrainingPoint]]) -> list[str]:
     """How much of a training the student wrote texts to learn from."""
     found, size = [], recipe.distill.training.batch_size
@@ -304,6 +314,8 @@ def _warnings(
     if refused:
         found.append(f"Axes that are not cut: {'; '.join(refused)}.")
     for member in members:
+        if member.compared is not None:
+            found += _of_two_tokenizers(member.name, member.compared.json("comparison.json"))
         measured = member.measured.json("measurement.json")
         for entry in measured["artifacts"]:
             runtime = entry.get("runtime") or ""

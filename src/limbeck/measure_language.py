@@ -123,6 +123,28 @@ def token_scores(
     return (*own, forward_kl(logits, theirs), first == theirs.argmax(-1))
 
 
+def document_bytes(rows: Rows, tokenizer: Any) -> dict[int, tuple[int, int]]:
+    """By each document's number: UTF-8 bytes of what counts of it, special tokens left out; and the
+    same without its first token, from which all begins and which nothing predicts."""
+    found: dict[int, tuple[int, int]] = {}
+    for at in range(len(rows)):
+        numbers = rows.documents_at([at])[0].numpy()
+        counted = rows.counted[at]
+        predicted = counted.copy()
+        predicted[rows.starts[at]] = False
+        for number in np.unique(numbers[counted]).tolist():
+            sizes = []
+            for which in (counted, predicted):
+                ids = rows.tokens[at][which & (numbers == number)].tolist()
+                text = tokenizer.decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                sizes.append(len(text.encode()))
+            whole, part = found.get(number, (0, 0))
+            found[number] = whole + sizes[0], part + sizes[1]
+    return found
+
+
 def ratio(
     sums: np.ndarray, counts: np.ndarray, *, seed: int, resamples: int = _RESAMPLES
 ) -> Interval:

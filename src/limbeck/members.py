@@ -21,19 +21,20 @@ class Ground:
 
     data: Made
     teacher: Made
-    signals: Made
+    signals: Made | None  # None: it is asked as it goes
     base: Made  # what they are cut from: the teacher, unless the recipe names another
     space: Made  # of the base
 
     @property
     def digests(self) -> list[str]:
         made = (self.data, self.teacher, self.signals, self.base, self.space)
-        return [one.digest for one in made]
+        return [one.digest for one in made if one is not None]
 
     @property
     def places(self) -> Places:
         return Places(
-            data=self.data.folder, teacher=self.teacher.folder, signals=self.signals.folder,
+            data=self.data.folder, teacher=self.teacher.folder,
+            signals=self.signals.folder if self.signals else None,
             base=self.base.folder, space=self.space.folder,
         )  # fmt: skip
 
@@ -56,7 +57,8 @@ class Taught:
         ]  # fmt: skip
         soft = recipe.distill.model_dump(exclude={"training", "run"})
         stored = features.digest if features else None
-        taught = [ground.teacher.digest, ground.signals.digest, stored]
+        signals = ground.signals.digest if ground.signals else None
+        taught = [ground.teacher.digest, signals, stored]
         self.inputs = [*self.start, self.training, soft, *taught]
 
     def shape(self) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from limbeck.features import Feature
 from limbeck.losses.batchwise import dist
+from limbeck.losses.crosstokenizer import uld
 from limbeck.losses.divergence import (
     akl,
     cross_entropy,
@@ -63,6 +64,7 @@ class Objective:
     smoothing: float = 0.0  # of hard labels
     features: tuple[Feature, ...] = ()  # between hidden states, between embeddings
     shared_ids: int | None = None  # of both vocabularies (`vocabulary`); None: they are one
+    places: Callable[[Batch], Tensor] | None = None  # of a teacher with another tokenizer: (B, T)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -89,6 +91,8 @@ class Objective:
         found = dict.fromkeys(self.weights, positions)
         for feature in self.features:
             found[feature.name] = torch.stack([feature.count(b) for b in batches]).sum()
+        if self.places is not None:
+            found["soft"] = torch.stack([self.places(b).sum() for b in batches]).sum()
         return found
 
     def terms(
@@ -103,7 +107,7 @@ class Objective:
         """
         labels = batch.labels[batch.mask]  # (P,)
         losses: dict[str, Callable[[Tensor, Rows], Tensor]] = {}
-        if self.soft_weight:
+        if self.soft_weight and self.places is None:
             targets = self._targets(student, teacher, batch)
             losses["soft"] = lambda logits, rows: self._soft(
                 logits, labels[rows], targets(rows), done
@@ -123,7 +127,17 @@ class Objective:
             }
         for feature in self.features:
             terms[feature.name] = feature(student, teacher, batch)
+        if self.places is not None:
+            terms["soft"] = self._uld(student, teacher, self.places(batch), done)
         return terms
+
+    def _uld(self, student: Signal, teacher: Signal, places: Tensor, done: float) -> LossTerm:
+        """Of the places (B, T) that the teacher's tokenizer has too, in their order."""
+        assert student.logits is not None
+        assert isinstance(teacher.targets, DenseTargets)
+        theirs = teacher.targets.logits.to(student.logits.device)  # (S, V')
+        t = self.temperature.at(done, theirs)
+        return _sum(uld(student.logits[places], theirs, temperature=t) * t**2 * self.soft_weight)
 
     def _fused(
         self, student: Signal, batch: Batch, losses: Mapping[str, Callable], *, apart: bool

@@ -62,13 +62,14 @@ def distill(
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
         still.model()
         data = still.data()
-        still.budgets(data)
+        own = still.own_data(data)
+        still.budgets(own)
         codec = still.codec(data)
         teacher = still.teacher(data)
-        signals = still.signals(teacher, data, codec)
-        cut_from = still.base(teacher, data)
-        space = still.space(cut_from, data)
-        ground = Ground(data, teacher, signals, cut_from, space)
+        signals = still.signals(teacher, data, codec) if codec else None
+        cut_from = still.base(teacher, own)
+        space = still.space(cut_from, own)
+        ground = Ground(own, teacher, signals, cut_from, space)
         sizes = Sizes(run, recipe, progress, ground)
         plans = sizes.all()
         features = still.features(ground, plans)
@@ -84,7 +85,7 @@ def distill(
         }
         linear = still.linear(data) if recipe.linear else None
         report = assemble(
-            run, recipe, data, space, original, family, together, frontier, linear
+            run, recipe, own, space, original, family, together, frontier, linear
         )
         write_report(report, run.folder)
         write_cards(report, run.folder, still.sources.model, still.sources.train)
@@ -189,6 +190,18 @@ class _Still:
 
         return self.run.stage("data", inputs, make)
 
+    def own_data(self, data: Made) -> Made:
+        """In the students' tokens, where those are others than the teacher's."""
+        s, recipe = self.sources, self.recipe
+        if not recipe.of_another_tokenizer:
+            return data
+        assert s.base is not None  # the recipe checked it
+        base, test = s.base.path, s.test.path if s.test else None
+        return self.run.stage(
+            "base/data", [data.digest, recipe.data, recipe.task, recipe.seed, s.base.sha256],
+            lambda at: stages.prepare_own(at, recipe, s.train.path, test, base, data.folder),
+        )  # fmt: skip
+
     def budgets(self, data: Made) -> Made:
         recipe, model, base = self.recipe, self.sources.model, self.sources.base
         budgets = [[student.name, student.budget] for student in recipe.students if student.trained]
@@ -212,9 +225,12 @@ class _Still:
             ),
         )  # fmt: skip
 
-    def codec(self, data: Made) -> dict[str, Any]:
-        """Its settings, the temperature among them only where it has to know it."""
+    def codec(self, data: Made) -> dict[str, Any] | None:
+        """Its settings, the temperature among them only where it has to know it; None where no
+        signals are stored."""
         recipe = self.recipe
+        if recipe.of_another_tokenizer:
+            return None
         settings = codec_settings(
             recipe.signals, temperature=recipe.distill.temperature.fixed,
             **sizes_of(data.json("data.json")),
@@ -325,9 +341,12 @@ class _Still:
                 ),
             )  # fmt: skip
         member = self._measured(student.name, model, ground.data, recipe.export.primary)
+        compare = evaluation.compare
+        if recipe.of_another_tokenizer:
+            compare = partial(evaluation.compare_texts, teachers=self.run.folder / "data")
         compared = self.run.stage(
             f"{top}/compare", [member.measured.digest, original.measured.digest],
-            lambda at: evaluation.compare(
+            lambda at: compare(
                 at, recipe, member.said, original.said, ground.data.folder, self.progress
             ),
         )  # fmt: skip

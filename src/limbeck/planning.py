@@ -46,12 +46,13 @@ def plan(recipe: Recipe, base: Path, progress: Progress | None) -> Plan:
 
 
 def _plan(recipe: Recipe, base: Path, model_folder: Path, train: Path, progress: Progress) -> Plan:
-    about = outline(recipe, train, model_folder)
-    task = about.task
     base_folder = None
     if recipe.base is not None and recipe.base.model is not None:
         where = "recipe.base.model"
         base_folder = fetch(recipe.base.model, where=where, base=base, kind="model").path
+    live = recipe.of_another_tokenizer
+    about = outline(recipe, train, base_folder if live and base_folder else model_folder)
+    task = about.task
     config, axes = stages.untuned_axes(recipe, model_folder, base_folder, task)
 
     def measure(candidate: Candidate) -> Sample:
@@ -71,6 +72,9 @@ def _plan(recipe: Recipe, base: Path, model_folder: Path, train: Path, progress:
         )
         for s in recipe.students if s.trained
     )
+    if live:
+        said = "none: the teacher reads the students' texts as it goes"
+        return Plan(students=students, signals=(), signals_reason=said)
     rows = _training_rows(recipe, about.num_rows, recipe.task.num_views)
     sizes = {
         "vocab_size": about.num_classes, "rows": round(rows * about.rows_each),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
+from limbeck.recipe_checks import check_uld
 from limbeck.recipe_data import DataSpec, Source
 from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teacher import EstimatorSpec
@@ -245,6 +246,7 @@ class Recipe(Spec):
             if distill.on_policy.divergence is None and distill.divergence.kind == "dkd":
                 raise ValueError("`distill.on_policy` cannot take over dkd, which is about the "
                                  "label: a `divergence` of its own")  # fmt: skip
+        check_uld(self)
         if distill.training.label_smoothing and not distill.hard_weight:
             raise ValueError("`distill.training.label_smoothing` has no effect without hard "
                              "labels: `distill.hard_weight` above 0")  # fmt: skip
@@ -320,6 +322,11 @@ class Recipe(Spec):
                     "students cut from an elastic run alone: `trained: false`, or another budget"
                 )
         return self
+
+    @property
+    def of_another_tokenizer(self) -> bool:
+        """Whether students read other tokens than their teacher."""
+        return self.distill.divergence.kind == "uld"
 
     def _check_elastic(self) -> None:
         distill, cut = self.distill, [s for s in self.students if not s.trained]

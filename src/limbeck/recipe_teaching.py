@@ -170,9 +170,10 @@ class DivergenceSpec(Spec):
 
     kind: Literal[
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "akl", "dkd",
-        "dist", "ranking",
+        "dist", "ranking", "uld",
     ] = "forward_kl"  # fmt: skip
-    """How the student's distribution is held against the teacher's."""
+    """How the student's distribution is held against the teacher's. `uld` is for students cut from
+    a `base.model` with another tokenizer (language-modeling); the teacher is asked as it goes."""
     alpha: float | None = Field(None, gt=0, lt=1)
     """skew_kl, skew_reverse_kl: share of the first in the mixture. Default 0.1."""
     beta: float | None = Field(None, gt=0, lt=1)
@@ -274,6 +275,12 @@ class EmbeddingSpec(Spec):
         return self.model_dump(include={"temperature"}, exclude_none=True)
 
 
+_NOT_OWN = {  # divergences that a student's own texts cannot be taught with
+    "dkd": "dkd is about the label, and these texts have none",
+    "uld": "uld is for another tokenizer, in which these texts are not written",
+}
+
+
 class OnPolicySpec(Spec):
     """language-modeling: some steps are on texts that the student writes itself, from the training
     rows' prompts, and the teacher scores token by token (GKD). The divergence alone counts there,
@@ -297,15 +304,14 @@ class OnPolicySpec(Spec):
     reuse: int = Field(4, ge=1)
     """Steps in which a text is learnt from: writing takes longer than learning."""
     divergence: DivergenceSpec | None = None
-    """Instead of `distill.divergence`; the live teacher serves any but dkd."""
+    """Instead of `distill.divergence`; the live teacher serves any but dkd and uld."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
         if self.sampling_temperature == 0 and self.top_p < 1:
             raise ValueError("`top_p` has no effect where nothing is drawn: leave it out")
-        if self.divergence is not None and self.divergence.kind == "dkd":
-            raise ValueError("`divergence` dkd is about the label, and these texts have none: "
-                             "another one")  # fmt: skip
+        if self.divergence is not None and (why := _NOT_OWN.get(self.divergence.kind)):
+            raise ValueError(f"`divergence` {why}: another one")
         return self
 
 

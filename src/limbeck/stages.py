@@ -65,6 +65,17 @@ def make_model(folder: Path, recipe: Recipe, model: Path, train: Path) -> None:
     tasks.make_model(recipe, model, train, folder)
 
 
+def prepare_own(
+    folder: Path, recipe: Recipe, train: Path, test: Path | None, base: Path, teachers: Path
+) -> None:
+    """The data in the tokens of what students are cut from; what is to be told of the teacher's
+    stands with it."""
+    tasks.prepare(recipe, train, test, base, folder)
+    about = read_json(folder / "data.json")
+    told = [*read_json(teachers / "data.json")["warnings"], *about["warnings"]]
+    write_json(folder / "data.json", about | {"warnings": [*dict.fromkeys(told)]})
+
+
 def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progress) -> None:
     """The teacher, taught the task if the recipe says so, as a plain Hugging Face folder."""
     task = open_task(recipe, data)
@@ -185,10 +196,13 @@ def make_base(
     else:
         made = cast(PreTrainedModel, task.build(base_config(recipe, task, teacher, None)))
     task.save(made, model or teacher, folder)
+    if recipe.of_another_tokenizer:
+        return
     if task.preprocessing(folder) != task.preprocessing(teacher):
         raise RecipeError(
             "recipe.base.model", "its inputs are made in another way than the teacher's",
-            allowed="a model with the teacher's own tokenizer", fix="choose another, or a config",
+            allowed="a model with the teacher's own tokenizer",
+            fix="choose another, or a config; of a language model any, with divergence: uld",
         )  # fmt: skip
 
 
@@ -241,10 +255,11 @@ def untuned_axes(
 
 def places_of(run: Path) -> Places:
     """Where a finished run has them."""
-    teacher, base = run / "teacher/hf", run / "base/hf"
+    teacher, base, signals = run / "teacher/hf", run / "base/hf", run / "signals"
+    own = run / ("base/data" if load_recipe(run)[0].of_another_tokenizer else "data")
     return Places(
-        data=run / "data", teacher=teacher, signals=run / "signals", space=run / "architecture",
-        base=base if base.is_dir() else teacher,
+        data=own, teacher=teacher, space=run / "architecture",
+        signals=signals if signals.is_dir() else None, base=base if base.is_dir() else teacher,
     )
 
 

@@ -32,6 +32,10 @@ from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4
 _PROBE = 64  # examples that projectors start from
+_WHOLE = {  # divergences that no head can be fused with
+    "dist": "`dist` compares a batch's examples: it needs all their logits at once",
+    "uld": "`uld` sorts the vocabulary: it needs all logits of a position at once",
+}
 
 prepare_torch()
 
@@ -269,8 +273,8 @@ def start_head(step_of: Step) -> str | None:
     asked, objective = step_of.training.spec.backend, step_of.training.objective
     if asked == "dense":
         return None
-    if objective.divergence == "dist" and objective.soft_weight:
-        found: Tap | str = "`dist` compares a batch's examples: it needs all their logits at once"
+    if objective.divergence in _WHOLE and objective.soft_weight:
+        found: Tap | str = _WHOLE[objective.divergence]
     else:
         found = tap_head(step_of.model, step_of.training.rows.batch([0]).to(step_of.device))
     if isinstance(found, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +18,7 @@ from limbeck.architecture.axes import Axis, axes_from_json
 from limbeck.architecture.cut import build_student, sort_units, student_config
 from limbeck.architecture.importance import load_importance
 from limbeck.cores import on_each
+from limbeck.cross_tokenizer import CrossTokenizerTeacher
 from limbeck.errors import RecipeError
 from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
@@ -99,8 +101,13 @@ def lesson(
         settings=spec.divergence.settings(),
         standardized=spec.standardize,
         features=_features(spec, student, features) if student else (),
-        shared_ids=shared_vocabulary(task, places),
+        shared_ids=None if recipe.of_another_tokenizer else shared_vocabulary(task, places),
     )
+    if recipe.of_another_tokenizer:
+        reader = other_teacher(task, places)
+        objective = replace(objective, places=reader.places)
+        return {"teacher": reader, "objective": objective, "balance": spec.balance}
+    assert places.signals is not None
     origins = signal_origins(task, places.teacher, places.data)
     vectors = {
         need: open_store(features / need, made_from=origins)
@@ -121,6 +128,16 @@ def lesson(
     return {
         "teacher": source, "objective": objective, "balance": spec.balance, "on_policy": own,
     }  # fmt: skip
+
+
+def other_teacher(task: Task, places: Places) -> CrossTokenizerTeacher:
+    """That reads the students' texts in tokens of its own."""
+    model = task.load(places.teacher, where="teacher")
+    rows: Any = task.rows("train")
+    theirs, ours = (load_tokenizer(at, where=str(at)) for at in (places.teacher, places.base))
+    return CrossTokenizerTeacher(
+        model, file_sha256(places.teacher / "model.safetensors"), theirs, rows, ours
+    )
 
 
 def live_teacher(teacher: Path, task: Task) -> Teacher:

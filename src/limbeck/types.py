@@ -148,9 +148,9 @@ class Teacher(Protocol):
 class Places:
     """Folders that a run's students are made from."""
 
-    data: Path  # the task's rows
+    data: Path  # the task's rows, in the students' tokens
     teacher: Path  # a Hugging Face folder
-    signals: Path  # what the teacher said
+    signals: Path | None  # what the teacher said; None: it is asked as it goes
     base: Path  # what students are cut from, a Hugging Face folder: the teacher's or another's
     space: Path  # the base's axes and what of it matters
 
