@@ -151,7 +151,7 @@ def main() -> None:
         for seed in range(seeds):
             for codec in ("hard labels", *_CODECS):
                 teacher = NoTeacher() if codec == "hard labels" else StoredTeacher(
-                    stores[codec], "benchmark", 1.0
+                    store=stores[codec], fingerprint="benchmark", temperature=1.0
                 )  # fmt: skip
                 objective = hard if codec == "hard labels" else soft
                 student = language_model(2, 96, seed + 1)

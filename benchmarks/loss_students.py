@@ -31,7 +31,7 @@ from limbeck.cores import on_each
 from limbeck.progress import Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import load_recipe
-from limbeck.stages import read_plan
+from limbeck.stages import places_of, read_plan
 from limbeck.tasks.task import Rows, open_task
 from limbeck.types import Batch
 
@@ -85,9 +85,8 @@ def features_of(run: Path, recipe: Recipe, name: str, kept: Path) -> Path | None
         shape = read_plan(run / "students" / name / "plan").shape
         folder.mkdir()
         teaching.store_features(
-            folder, recipe.model_copy(update={"seed": 0}), {name: shape}, run / "teacher/hf",
-            run / "architecture", run / "data", Silent(),
-        )  # fmt: skip
+            folder, recipe.model_copy(update={"seed": 0}), {name: shape}, places_of(run), Silent()
+        )
     return folder
 
 
@@ -97,25 +96,23 @@ def taught(
     """The trained student, and the temperature that was found for it."""
     student = recipe.student(name)
     shape = read_plan(run / "students" / name / "plan").shape
-    teacher, survey, signals, data = (
-        run / "teacher/hf", run / "architecture", run / "signals", run / "data",
-    )  # fmt: skip
+    places = places_of(run)
     temperature = None
     with tempfile.TemporaryDirectory() as at:
         folder = Path(at)
         if recipe.distill.temperature.candidates and not hard:
             (folder / "t").mkdir()
             teaching.choose_temperature(
-                folder / "t", recipe, student, shape, teacher, survey, signals, data, Silent()
+                folder / "t", recipe, student, shape, places, Silent()
             )
             found = json.loads((folder / "t/temperature.json").read_text(encoding="utf-8"))
             temperature = found["chosen"]
         (folder / "hf").mkdir()
         teaching.distil(
-            folder / "hf", recipe, student, shape, teacher, survey, None if hard else signals,
-            data, Silent(), temperature=temperature, features=features,
+            folder / "hf", recipe, student, shape, places, Silent(), taught=not hard,
+            temperature=temperature, features=features,
         )  # fmt: skip
-        return open_task(recipe, data).load(folder / "hf", where=name).eval(), temperature
+        return open_task(recipe, places.data).load(folder / "hf", where=name).eval(), temperature
 
 
 def main() -> None:

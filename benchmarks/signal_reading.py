@@ -103,7 +103,9 @@ def main() -> None:
                 start = time.perf_counter()
                 capture(mouth, rows, {Path(name): codec}, made_from={}, progress=Silent())
                 write = positions / (time.perf_counter() - start)
-                teacher = StoredTeacher(open_store(Path(name)), "benchmark", 1.0)
+                teacher = StoredTeacher(
+                    store=open_store(Path(name)), fingerprint="benchmark", temperature=1.0
+                )
                 passes = []
                 for _ in range(3):
                     start = time.perf_counter()
