@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -147,9 +148,8 @@ class LanguageTask(Spec):
     plain text it is all of them."""
 
 
-class ArrayTask(Spec):
-    """Arrays of one size, by name, into classes: what tables and time series have in common, and
-    what a task of your own is (`docs/own_domain.md`): its settings, `read` and `one`."""
+class _Arrays(Spec):
+    """Arrays of one size, by name, into classes."""
 
     idle_data: ClassVar[tuple[str, ...]] = ("text", "image", *_DOCUMENTS)
     takes_estimators: ClassVar[bool] = False
@@ -163,13 +163,17 @@ class ArrayTask(Spec):
     kind: str
     """What the models are for."""
 
+
+class ArrayTask(_Arrays, ABC):
+    """A task of your own (`docs/own_domain.md`): its settings, `read` and `one`."""
+
+    @abstractmethod
     def read(self, path: Path, data: DataSpec) -> Examples:
         """All examples of a file or folder. DataError is for what a user can mend."""
-        raise NotImplementedError(f"{type(self).__name__}.read")
 
+    @abstractmethod
     def one(self, what: str) -> Mapping[str, np.ndarray]:
         """What `limbeck try` was given, a path say, as arrays (1, ...) by name."""
-        raise NotImplementedError(f"{type(self).__name__}.one")
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Examples:
     """Examples with the same stay in the same split: of one speaker, one machine."""
 
 
-class TabularTask(ArrayTask):
+class TabularTask(_Arrays):
     """Rows of a table into classes."""
 
     takes_estimators: ClassVar[bool] = True
@@ -212,7 +216,7 @@ class TabularTask(ArrayTask):
         return self
 
 
-class SeriesTask(ArrayTask):
+class SeriesTask(_Arrays):
     """Stretches of signals, all of one length, into classes."""
 
     idle_data: ClassVar[tuple[str, ...]] = (
@@ -245,14 +249,13 @@ def register(task: type[ArrayTask]) -> type[ArrayTask]:
         raise ValueError(f'{task.__name__}.kind is not one text: `kind: Literal["keywords"]`, say')
     if kind in (*KINDS, OWN) or _registered.get(kind, task).__qualname__ != task.__qualname__:
         raise ValueError(f"{task.__name__}: a task of kind {kind!r} is there already")
-    for name in ("read", "one"):
-        if getattr(task, name) is getattr(ArrayTask, name):
-            raise ValueError(f"{task.__name__} has no `{name}` of its own")
+    if missing := sorted(task.__abstractmethods__):
+        raise ValueError(f"{task.__name__} has no `{missing[0]}` of its own")
     _registered[kind] = task
     return task
 
 
-def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask | ArrayTask] | None:
+def task_of(kind: Any) -> type[TextTask | ImageTask | LanguageTask | _Arrays] | None:
     """The settings of a kind; None for what is none. Kinds of others are looked for among
     installed packages."""
     if not isinstance(kind, str):

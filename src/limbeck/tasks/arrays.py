@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from limbeck.export.folder import save_model
 from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.run import replaced, write_json
-from limbeck.tasks.rows import in_order, some_of
+from limbeck.tasks.rows import Held
 from limbeck.types import Batch, Input
 
 PREPROCESSING = "preprocessing.json"  # in each model's folder: how its inputs are made
@@ -39,7 +39,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Held):
     """One split. A row's id is its place in the file that it came from."""
 
     ids: np.ndarray  # (N,) int64
@@ -51,14 +51,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.ones(len(self), np.int64)
-
-    @property
-    def num_positions(self) -> int:
-        return len(self)
-
     def batch(self, positions: Sequence[int]) -> Batch:
         at = np.asarray(positions)
         return Batch(
@@ -68,15 +60,7 @@ class Rows:
             example_ids=torch.from_numpy(self.ids[at]),
         )
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, in order."""
-        return in_order(self, batch_size)
-
-    def sample(self, n: int | None, *, seed: int) -> Rows:
-        """n rows drawn at random, in file order; all of them where n is None or too large."""
-        if n is None or n >= len(self):
-            return self
-        at = some_of(len(self), n, seed=seed)
+    def taken(self, at: np.ndarray) -> Rows:
         return Rows(self.ids[at], self.labels[at], {k: a[at] for k, a in self.arrays.items()})
 
 

@@ -7,19 +7,19 @@ Everything lines up with the logits: `labels[b, t]` is the token that follows po
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.tasks.rows import in_order, some_of
+from limbeck.tasks.rows import Held
 from limbeck.types import Batch
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Held):
     """One split. A row's id is its number in the split, stable across epochs."""
 
     ids: np.ndarray  # (N,) int64
@@ -77,15 +77,7 @@ class Rows:
             inputs=inputs, labels=labels, mask=mask, example_ids=torch.from_numpy(self.ids[at])
         )
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, in order."""
-        return in_order(self, batch_size)
-
-    def sample(self, n: int | None, *, seed: int) -> Rows:
-        """n rows drawn at random, in order; all of them where n is None or too large."""
-        if n is None or n >= len(self):
-            return self
-        at = some_of(len(self), n, seed=seed)
+    def taken(self, at: np.ndarray) -> Rows:
         return replace(
             self, ids=self.ids[at], tokens=tuple(self.tokens[i] for i in at),
             counted=tuple(self.counted[i] for i in at), starts=tuple(self.starts[i] for i in at),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from limbeck.tasks.images import (
     tensor_of,
     transform,
 )
-from limbeck.tasks.rows import in_order, some_of
+from limbeck.tasks.rows import Held
 from limbeck.tasks.splits import divided
 from limbeck.tasks.task import Outline
 from limbeck.types import Batch, Input, Mixed
@@ -55,7 +55,7 @@ _NAMED = 5  # damaged images that a warning names
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Held):
     """One split. A row's id is its place in the source, times the number of views, plus the view's:
     the key under which signals of that very view are stored."""
 
@@ -80,14 +80,6 @@ class Rows:
     def ids(self) -> np.ndarray:
         """Of the images as they are."""
         return self.places * self.num_views
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.ones(len(self), np.int64)
-
-    @property
-    def num_positions(self) -> int:
-        return len(self)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """View v of row i stands at v * N + i. `pixel_values` (B, C, S, S)."""
@@ -117,15 +109,7 @@ class Rows:
             pixels = augmented(pixels, [drawn(self.augment, self.seed, i, v) for i, v in pairs])
         return tensor_of(pixels, self.mean, self.std)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, as they are, in order."""
-        return in_order(self, batch_size)
-
-    def sample(self, n: int | None, *, seed: int) -> Rows:
-        """n rows drawn at random, in file order; all of them where n is None or too large."""
-        if n is None or n >= len(self):
-            return self
-        at = some_of(len(self), n, seed=seed)
+    def taken(self, at: np.ndarray) -> Rows:
         return replace(
             self, places=self.places[at], labels=self.labels[at], pixels=self.pixels[at],
             whole=self.whole or self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import TextTask
 from limbeck.run import replaced, write_json
-from limbeck.tasks.rows import in_order, some_of, token_inputs
+from limbeck.tasks.rows import Held, token_inputs
 from limbeck.tasks.splits import divided
 from limbeck.tasks.tables import read_table
 from limbeck.tasks.task import Outline
@@ -37,7 +37,7 @@ _OVERHEAD = {  # tokenizer or graph, and what a layer adds
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Held):
     """One split. A row's id is its line in the file it came from, stable across epochs."""
 
     ids: np.ndarray  # (N,) int64
@@ -54,10 +54,6 @@ class Rows:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(tokens) for tokens in self.tokens])
-
-    @property
-    def num_positions(self) -> int:
-        return len(self)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Padded on the right to the longest; (B, T)."""
@@ -76,15 +72,7 @@ class Rows:
             example_ids=torch.from_numpy(self.ids[at]),
         )
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, in order."""
-        return in_order(self, batch_size)
-
-    def sample(self, n: int | None, *, seed: int) -> Rows:
-        """n rows drawn at random, in file order; all of them where n is None or too large."""
-        if n is None or n >= len(self):
-            return self
-        at = some_of(len(self), n, seed=seed)
+    def taken(self, at: np.ndarray) -> Rows:
         tokens, texts = tuple(self.tokens[i] for i in at), tuple(self.texts[i] for i in at)
         return Rows(self.ids[at], self.labels[at], tokens, texts, self.pad_id)
 
