@@ -63,3 +63,12 @@ def test_what_was_given_stays(family):
     for sampling in (Sampling(rates={}), Sampling(rates={"small": 2.0}), Sampling(policy="all")):
         assert sampling.for_family(family) is sampling
         assert sampling.for_family(family).rate(["large"]) == 1
+
+
+def test_what_is_never_drawn_only_lends_its_weights():
+    names = ["a", "b", "c"]
+    assert Sampling().drawn(names) == names
+    assert Sampling(shares={"a": 0, "b": 2, "c": 1}).drawn(names) == ["b", "c"]
+    late = Sampling(shares={"b": 1}, late_shares={"c": 1}, switch=0.5)
+    assert late.drawn(names) == ["b", "c"]
+    assert Sampling(policy="all", shares={"b": 1}).drawn(names) == names  # shares are for `one`

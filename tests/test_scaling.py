@@ -72,6 +72,8 @@ def test_one_training_makes_all_students(run):
     named = ("large", "family", "small/dedicated")
     steps = {name: report.training[name][-1].step for name in named}
     assert steps["family"] == steps["small/dedicated"] == 2 * steps["large"]  # epochs 2 and 1
+    told = [point for point in report.training["family"] if point.validation is not None]
+    assert told and all(set(point.validations or {}) <= {"small"} for point in told)
     assert next(s for s in report.students if s.name == "small").baselines.dedicated is not None
 
 

@@ -57,6 +57,12 @@ class Sampling:
         most = max(work.values())
         return replace(self, rates={name: (most / w) ** _RATE_POWER for name, w in work.items()})
 
+    def drawn(self, names: Sequence[str]) -> list[str]:
+        """Those that are ever trained: the others only lend their weights."""
+        if self.policy != "one" or not self.shares:
+            return [*names]
+        return [n for n in names if self.shares.get(n) or self.late_shares.get(n)]
+
     def rate(self, active: Sequence[str]) -> float:
         rates = self.rates or {}
         return sum(rates.get(name, 1.0) for name in active) / len(active)
@@ -99,9 +105,10 @@ class ElasticStep:
         self.sampling = sampling.for_family(family)
         self.learnt: dict[str, Tensor] = {}
         self.steps = {
-            name: Step(size.model, training, [p for _, p in size.trainable()])
-            for name, size in family.sizes.items()
-        }
+            name: Step(family.sizes[name].model, training,
+                       [p for _, p in family.sizes[name].trainable()])
+            for name in self.sampling.drawn([*family.sizes])
+        }  # fmt: skip
 
     def balanced(self, balance: Balance) -> dict[str, Tensor]:
         """From now on the terms are balanced so, alike for all sizes. What else is learnt: the
@@ -138,5 +145,5 @@ class ElasticStep:
         pieces = gather(self.family, [(self.family.sizes[n], f.gradient) for n, f in found.items()])
         return FoundOfSizes(
             pieces=pieces, learnt=learnt, sizes=found, rate=self.sampling.rate(active),
-            of_family=len(self.steps) > 1,
+            of_family=len(self.family.sizes) > 1,
         )  # fmt: skip

@@ -40,6 +40,7 @@ _VERSIONED = (
 )  # fmt: skip
 
 
+LARGEST = "largest"  # in the folder of an elastic run's training: that of the largest size alone
 _BUSY = 1.25  # wall time over core time above which a reader is told
 
 
@@ -256,7 +257,7 @@ def _curves(
     folders = {"teacher": teacher.model.folder}
     if together is not None:
         folders["family"] = together.folder
-        folders[next(iter(together.json("family.json")))] = together.folder / "largest"
+        folders[next(iter(together.json("family.json")))] = together.folder / LARGEST
     for name, member in family.items():
         folders.setdefault(name, member.model.folder)
         for baseline, made in member.baselines.items():

@@ -24,6 +24,7 @@ from limbeck.architecture.space import Candidate, shape_of
 from limbeck.elastic import Sampling
 from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
+from limbeck.findings import LARGEST
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec, TrainingSpec
 from limbeck.recipe_file import load_recipe
@@ -38,7 +39,6 @@ from limbeck.train import train
 from limbeck.types import Places, Shape, StudentPlan
 
 FRONTIER = "frontier.json"
-LARGEST = "largest"  # in the training's folder: that of the largest size alone
 _WEIGHTS = "family.safetensors"
 _TRIAL = 0.1  # of the training, for the choice between rivals
 _MOST = 40  # shapes whose quality is looked at for the frontier
@@ -301,7 +301,7 @@ class LoadedFamily:
 
     def __init__(self, run: Path) -> None:
         """Raises RunFolderError where the folder holds no elastic run."""
-        if not (run / "family/family.json").is_file():
+        if not (run / "family" / LARGEST / _WEIGHTS).is_file():
             raise RunFolderError(
                 str(run), "holds no elastic run",
                 allowed="a folder that `limbeck distill` filled, with distill.run: elastic",

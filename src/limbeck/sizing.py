@@ -11,6 +11,8 @@ from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.run import Made, Run
 
+_TOGETHER = 2  # the format of what an elastic run's training leaves
+
 
 class Sizes:
     """The plans of a run's students, and of an elastic run its training and frontier."""
@@ -89,7 +91,7 @@ class Sizes:
         trainings = {name: recipe.training_of(recipe.student(name)) for name in names}
         return self.run.stage(
             "family",
-            [*self.ground.digests, recipe.seed, recipe.task, recipe.distill, trainings,
+            [_TOGETHER, *self.ground.digests, recipe.seed, recipe.task, recipe.distill, trainings,
              {name: found[name]["shape"] for name in names}],
             lambda at: scaling.teach(
                 at, recipe, {n: stages.read_plan(plans[n].folder).shape for n in names},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from limbeck.balance import Balance
 from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
-from limbeck.family import Family
+from limbeck.family import Family, Size
 from limbeck.models import no_dropout
 from limbeck.on_policy import TERM, Writer
 from limbeck.progress import Progress
@@ -56,11 +56,12 @@ def train(
     family = model if isinstance(model, Family) else Family.of_one(model)
     assert len(family.sizes) == 1 or not objective.features, "a projector fits one size only"
     step_of = ElasticStep(family, training, sampling or Sampling())
-    for name, size in family.sizes.items():
+    sizes = [family.sizes[name] for name in step_of.steps]
+    for size, one in zip(sizes, step_of.steps.values(), strict=True):
         no_dropout(size.model)
         size.model.eval()
-        start_features(step_of.steps[name])
-        if (said := start_head(step_of.steps[name])) is not None:
+        start_features(one)
+        if (said := start_head(one)) is not None:
             progress.say(f"{training.title}: {said}")
         forget(size.model)
         size.model.train()
@@ -111,7 +112,7 @@ def train(
                 logged = done
                 if done in quarters and training.validate is not None:
                     optimizer.settle(done)
-                    point |= _validated(family, training)
+                    point |= _validated(family, sizes, training)
                 if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
@@ -121,7 +122,7 @@ def train(
     if training.on_policy is not None and ranks.first:
         progress.say(f"{training.title}: {_written(writers, time.monotonic() - begun)}")
     optimizer.settle(training.steps)
-    for size in family.sizes.values():
+    for size in sizes:
         size.refresh(family.weights)
         measure_statistics(size.model, training.rows, seed=training.seed)
     for one in step_of.steps.values():
@@ -141,14 +142,14 @@ def _written(writers: Mapping[str, Writer], seconds: float) -> str:
     )
 
 
-def _validated(family: Family, training: Training) -> dict[str, Any]:
-    """Of a family the mean, and each size's own."""
+def _validated(family: Family, sizes: Sequence[Size], training: Training) -> dict[str, Any]:
+    """The mean of those that are trained, and of several each one's own."""
     assert training.validate is not None
     found = {}
-    for name, size in family.sizes.items():
+    for size in sizes:
         size.refresh(family.weights)
         measure_statistics(size.model, training.rows, seed=training.seed)
-        found[name] = training.validate(size.model)
+        found[size.name] = training.validate(size.model)
         forget(size.model)
         size.model.train()
     mean = {"validation": sum(found.values()) / len(found)}

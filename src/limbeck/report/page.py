@@ -77,7 +77,10 @@ def _sections(report: Report) -> Iterator[str]:
     yield section("The family", _family_words(report), f'<div class="grid">{cards}</div>')
     yield section("What it costs", "", scatters(report))
     if report.frontier:
-        said = "One set of weights holds all of these sizes: the smaller are parts of the larger."
+        said = (
+            "One set of weights holds all of these sizes, the smaller as parts of the larger; the "
+            "largest trained one has weights of its own, from before the others learnt in them."
+        )
         drawn = f'<div class="grid wide">{frontier_figure(report)}</div>'
         yield section("Between the sizes", said, drawn)
     if any(student.capabilities for student in report.students):
