@@ -29,7 +29,7 @@ from limbeck.recipe_file import load_recipe
 from limbeck.tasks.task import prepare
 from limbeck.types import Shape
 from test_tabular import draft
-from tiny_world import quickly
+from tiny_world import quickly, write_recipe
 
 CONV = {
     "model_type": "limbeck-conv1d", "hidden_size": 16, "intermediate_size": 32,
@@ -59,12 +59,8 @@ def make_world(folder, **changes):
         "teacher": {"config": CONV, "tune": {**training, "epochs": 8}},
         "distill": {"training": training},
         "students": [{"name": "one", "budget": {"params": 1500}}],
-        "evidence": {"baselines": "none"},
-        "export": {"formats": ["hf"], "primary": "hf"},
-        "measure": {"latency_runs": 10},
     }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
-    return folder
+    return write_recipe(folder, {**recipe, **changes})
 
 
 def test_a_family_of_series_is_taught_exported_and_tried(tmp_path, monkeypatch, capsys):

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
+
+from tiny_world import write_recipe
 
 RESNET = {
     "model_type": "resnet", "layer_type": "basic", "num_channels": 1, "embedding_size": 8,
@@ -49,9 +50,5 @@ def make_image_world(folder: Path, **changes) -> Path:
         "teacher": {"config": RESNET, "tune": {**training, "epochs": 12}},
         "distill": {"training": training},
         "students": [{"name": "one", "budget": {"params": 3000}}],
-        "evidence": {"baselines": "none"},
-        "export": {"formats": ["hf"], "primary": "hf"},
-        "measure": {"latency_runs": 10},
     }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
-    return folder
+    return write_recipe(folder, {**recipe, **changes})

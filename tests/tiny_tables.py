@@ -4,7 +4,8 @@ import csv
 from pathlib import Path
 
 import numpy as np
-import yaml
+
+from tiny_world import write_recipe
 
 COLOURS = ("blue", "green", "red")
 BASE = {
@@ -57,9 +58,5 @@ def make_table_world(folder: Path, **changes) -> Path:
         "base": {"config": BASE},
         "distill": {"training": training},
         "students": [{"name": "one", "budget": {"params": 5000}}],
-        "evidence": {"baselines": "none"},
-        "export": {"formats": ["hf"], "primary": "hf"},
-        "measure": {"latency_runs": 10},
     }  # fmt: skip
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
-    return folder
+    return write_recipe(folder, {**recipe, **changes})

@@ -23,6 +23,17 @@ def rows_of(examples: Sequence[np.ndarray]) -> Rows:
     return Rows(numbers, np.zeros_like(numbers), tuple(examples), ("",) * len(examples), 0)
 
 
+def write_recipe(folder: Path, recipe: dict) -> Path:
+    """`recipe.yaml`, with no more evidence, files and timing than it names itself."""
+    least = {
+        "evidence": {"baselines": "none"},
+        "export": {"formats": ["hf"], "primary": "hf"},
+        "measure": {"latency_runs": 10},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**least, **recipe}))
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """Words `w4` to `w98` between [CLS] and [SEP]."""
     words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
