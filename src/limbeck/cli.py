@@ -73,11 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     listed = verb("recipes", _recipes, "list the built-in recipes, or show one")
     listed.add_argument("show", nargs="?", choices=["show"], help="print a recipe to start from")
     listed.add_argument("name", nargs="?", help="which")
-    tried = verb("try", _try, "classify a text or an image with a student, or let it write on")
+    tried = verb(
+        "try", _try, "classify a text, an image or a row with a student, or let it write on"
+    )
     tried.add_argument(
         "student", type=Path, help="RUN/students/NAME, an .onnx or .gguf file or an hf folder"
     )
-    tried.add_argument("what", help="a text, the beginning of one, or the path of an image")
+    tried.add_argument(
+        "what", help="a text or its beginning, a row as JSON, or the path of an image or a signal"
+    )
     cli_chat.options(verb("chat", cli_chat.chat, "talk with a student that was made for it"))
     kept = verb("signals", _signals, "say what captured signals hold, check them, or tidy up")
     kept.add_argument(
