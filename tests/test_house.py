@@ -16,7 +16,7 @@ LAYERS = (
     },
     {"recipe_file"},
     {"run"},
-    {"nets"},
+    {"nets", "precision"},
     {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},

@@ -23,6 +23,7 @@ from limbeck.members import Ground, Taught
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import RECIPE, load_recipe, rebase, validate
+from limbeck.recipe_task import LanguageTask, TextTask
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
@@ -60,6 +61,7 @@ def distill(
     with open_run(out, recipe, meter or CodecarbonMeter(), repair=repair) as run:
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
+        recipe = still.settled()
         still.model()
         data = still.data()
         own = still.own_data(data)
@@ -160,6 +162,23 @@ class _Still:
     recipe: Recipe
     progress: Progress
     sources: Sources
+
+    def settled(self) -> Recipe:
+        """With the precision that this run's first machine was fast in: it stays the run's own."""
+        asked = self.recipe.precisions
+        if "auto" in asked and not isinstance(self.recipe.task, TextTask | LanguageTask):
+            self.recipe = self.recipe.in_precision("fp32")  # bf16 is slow in convolutions
+        elif asked != {"fp32"}:
+            made = self.run.stage("precision", [], lambda at: stages.measure_precisions(at))
+            took = made.json("precision.json")
+            fp32, bf16 = took["milliseconds"]["fp32"], took["milliseconds"]["bf16"]
+            times = f"bf16 takes {bf16 / fp32:.2g} times as long as fp32"
+            if "auto" in asked:
+                self.progress.say(f"precision: {took['faster']}, as {times}")
+            elif took["faster"] == "fp32":
+                self.progress.say(f"precision: bf16 was asked for, but {times}; `auto` chooses")
+            self.recipe = self.recipe.in_precision(took["faster"])
+        return self.recipe
 
     def model(self) -> None:
         """The teacher made ready: from a GGUF file, with fewer tokens."""

@@ -370,6 +370,20 @@ class Recipe(Spec):
         own = student.model_dump(include={"epochs", "learning_rate"}, exclude_none=True)
         return self.distill.training.model_copy(update=own)
 
+    @property
+    def precisions(self) -> set[str]:
+        """That its trainings name."""
+        trainings = (self.distill.training, self.teacher.tune)
+        return {training.precision for training in trainings if training}
+
+    def in_precision(self, precision: str) -> Recipe:
+        """The same with `auto` settled."""
+        whole = self.model_dump(mode="json")
+        for training in (whole["distill"]["training"], whole["teacher"]["tune"]):
+            if training and training["precision"] == "auto":
+                training["precision"] = precision
+        return Recipe.model_validate(whole)
+
     def student(self, name: str) -> StudentSpec:
         for student in self.students:
             if student.name == name:

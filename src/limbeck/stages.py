@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from limbeck import precision
 from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_to_json, find_axis
 from limbeck.architecture.cut import (
@@ -104,6 +105,13 @@ def tune(folder: Path, recipe: Recipe, model: Path, data: Path, progress: Progre
         progress.say(f"the first training example, {task.example()}")
         train(classifier, training, folder, progress)
     task.save(classifier, model, folder)
+
+
+def measure_precisions(folder: Path) -> None:
+    found = precision.milliseconds()
+    write_json(
+        folder / "precision.json", {"milliseconds": found, "faster": precision.faster(found)}
+    )
 
 
 def _require_head(model: Path, task: Task) -> None:
