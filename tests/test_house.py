@@ -31,7 +31,7 @@ LAYERS = (
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
         "generating", "on_policy", "cross_tokenizer", "judging", "judging_language", "answers",
         "runtime",
-        "runtime_worker",
+        "runtime_worker", "onnx_decoder",
     },
     {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
     {"chatting"},

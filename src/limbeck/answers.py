@@ -25,6 +25,7 @@ from limbeck.heads import tap_head
 from limbeck.losses.fused import Head
 from limbeck.losses.sparse import rows_per_chunk
 from limbeck.measure_language import DocumentScores, summed, token_scores
+from limbeck.onnx_decoder import open_headless, said_of
 
 if TYPE_CHECKING:
     from limbeck.tasks.causal_rows import Rows
@@ -82,7 +83,10 @@ class Asker:
             self._kept.move_to_end(key)
             told(len(rows))
             return self._kept[key]
-        found = answers(load_file(path, format), rows, told)
+        found = (
+            onnx_answers(path, rows, told) if format.startswith("onnx")
+            else answers(load_file(path, format), rows, told)
+        )  # fmt: skip
         self._kept[key] = found
         while len(self._kept) > 2 and sum(a.nbytes for a in self._kept.values()) > _KEPT_BYTES:
             self._kept.popitem(last=False)
@@ -121,6 +125,21 @@ def answers(model: nn.Module, rows: Rows, told: Callable[[int], object]) -> Answ
         tapped.remove()
     documents, labels, said = (torch.cat(column) for column in zip(*parts, strict=True))
     return Answers(documents=documents, labels=labels, said=said, head=head)
+
+
+def onnx_answers(path: Path, rows: Rows, told: Callable[[int], object]) -> Answers:
+    """As `answers`, by ONNX Runtime: each document in a call of its own, with an empty cache."""
+    decoder, head = open_headless(path)
+    said = []
+    for one in on_each(lambda at: said_of(decoder, rows, at), range(len(rows))):
+        said.append(one)
+        told(1)
+    columns = []
+    for at in range(len(rows)):
+        batch = rows.batch([at])
+        columns.append((rows.documents_at([at])[batch.mask], batch.labels[batch.mask]))
+    documents, labels = (torch.cat(column) for column in zip(*columns, strict=True))
+    return Answers(documents=documents, labels=labels, said=torch.cat(said), head=head)
 
 
 @torch.inference_mode()

@@ -168,7 +168,7 @@ def _steps(
 
     Prompts are padded on the left, so that all write at the same place.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
     held = torch.zeros_like(ids)

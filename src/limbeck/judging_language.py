@@ -1,23 +1,28 @@
 """What a language model's answers are worth: the `Judge` of a task without labels.
 
 A GGUF file is read back, its weights as they are stored and all else in fp32: what llama.cpp adds
-by rounding inside of its products is not in these numbers (docs/language_models.md).
+by rounding inside of its products is not in these numbers (docs/language_models.md). An ONNX file
+is run by ONNX Runtime.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from limbeck.answers import Asker, score
+from limbeck.answers import Answers, Asker, score
 from limbeck.judging import Asked, Told
 from limbeck.measure_language import DocumentScores, ratio
+from limbeck.onnx_decoder import open_decoder, said_of
 
 _PARITY_ROWS = 16  # positions are many
+_STEPS = 32  # of each document, at most, that go through a file's cache
 
 _ask = Asker()
 
@@ -37,12 +42,12 @@ class OfLanguageModel:
 
     @torch.inference_mode()
     def parity(self, origin: Asked, asked: Asked, rows: Any) -> dict[str, Any]:
-        """On some of these rows."""
+        """On some of these rows; of an ONNX file with its cache, step by step, against the model
+        without one."""
         few = rows.sample(_PARITY_ROWS, seed=0)
-        one, other = (_ask(a.path, a.format, few, lambda _: None) for a in (origin, asked))
         apart, same = 0.0, 0
-        for at in one.chunks():
-            a, b = one.logits(at), other.logits(at)
+        one = _ask(origin.path, origin.format, few, lambda _: None)
+        for a, b in _pairs(one, asked, few):
             apart = max(apart, float((a - b).abs().max()))
             same += int((a.argmax(-1) == b.argmax(-1)).sum())
         return {"max_abs_diff": apart, "agreement": same / len(one.said), "n": len(one.said)}
@@ -61,3 +66,17 @@ class OfLanguageModel:
             },
             "capabilities": {},
         }
+
+
+def _pairs(one: Answers, asked: Asked, rows: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of both at the same positions, some at a time."""
+    if not asked.format.startswith("onnx"):
+        other = _ask(asked.path, asked.format, rows, lambda _: None)
+        yield from ((one.logits(at), other.logits(at)) for at in one.chunks())
+        return
+    decoder, start = open_decoder(asked.path), 0
+    for at in range(len(rows)):
+        said = said_of(decoder, rows, at, steps=_STEPS)
+        yield one.logits(slice(start, start + len(said))), said
+        start += len(said)
+    assert start == len(one.said)

@@ -313,7 +313,8 @@ class _Still:
 
     def measured_teacher(self, teacher: Made, data: Made) -> Member:
         # Students are held against the teacher at its best, not against its own int8 file.
-        primary = "onnx-fp32" if "onnx-fp32" in self.recipe.export.formats else "hf"
+        exact = "onnx-fp32" in self.recipe.export.formats and self.recipe.task.has_labels
+        primary = "onnx-fp32" if exact else "hf"
         if self.recipe.teacher.estimator is not None:  # deployed as it is
             return self._measured("teacher", teacher, data, "skops", ("skops",), ())
         return self._measured("teacher", teacher, data, primary)

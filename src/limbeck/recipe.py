@@ -142,7 +142,7 @@ class EvidenceSpec(Spec):
 class ExportSpec(Spec):
     formats: tuple[Format, ...] = ("hf", "onnx-fp32", "onnx-int8")
     """What is written for the teacher and for each student; `hf` always is. Default for
-    language-modeling: hf, gguf-f16, gguf-q8_0, gguf-q4_0."""
+    language-modeling: hf, gguf-f16, gguf-q8_0, gguf-q4_0; onnx-fp32, with a cache, where asked."""
     primary: Format = "onnx-int8"
     """The format that budgets and retention speak of. Default for language-modeling: gguf-q8_0."""
 
@@ -263,9 +263,10 @@ class Recipe(Spec):
         for name in task.idle_data:
             if getattr(self.data, name) != DataSpec.model_fields[name].default:
                 raise ValueError(f"`data.{name}` has no effect for {task.kind}: leave it out")
-        if strange := [f for f in self.export.formats if f not in task.formats]:
+        known = (*task.formats, *task.more_formats)
+        if strange := [f for f in self.export.formats if f not in known]:
             raise ValueError(f"`export.formats` has {strange[0]!r}, which is not for {task.kind}: "
-                             f"{', '.join(task.formats)}")  # fmt: skip
+                             f"{', '.join(known)}")  # fmt: skip
         if not task.has_labels and self.evidence.linear:
             raise ValueError("`evidence.linear` is a model for labels, and there are none: null")
         if task.has_labels and self.distill.on_policy is not None:

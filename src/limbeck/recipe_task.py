@@ -42,6 +42,7 @@ class TextTask(Spec):
     num_views: ClassVar[int] = 1
     formats: ClassVar[tuple[str, ...]] = _ONNX  # that are written where the recipe names none
     primary: ClassVar[str] = "onnx-int8"
+    more_formats: ClassVar[tuple[str, ...]] = ()  # that are written where it does
     files: ClassVar[str] = "onnx"  # the folder that they lie in
 
     kind: Literal["text-classification"]
@@ -80,6 +81,7 @@ class ImageTask(Spec):
     has_labels: ClassVar[bool] = True
     formats: ClassVar[tuple[str, ...]] = _ONNX
     primary: ClassVar[str] = "onnx-int8"
+    more_formats: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[str] = "onnx"
 
     kind: Literal["image-classification"]
@@ -135,6 +137,7 @@ class LanguageTask(Spec):
     num_views: ClassVar[int] = 1
     formats: ClassVar[tuple[str, ...]] = ("hf", "gguf-f16", "gguf-q8_0", "gguf-q4_0")
     primary: ClassVar[str] = "gguf-q8_0"
+    more_formats: ClassVar[tuple[str, ...]] = ("onnx-fp32",)
     files: ClassVar[str] = "gguf"
 
     kind: Literal["language-modeling"]
@@ -158,6 +161,7 @@ class _Arrays(Spec):
     num_views: ClassVar[int] = 1
     formats: ClassVar[tuple[str, ...]] = _ONNX
     primary: ClassVar[str] = "onnx-int8"
+    more_formats: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[str] = "onnx"
 
     kind: str

@@ -117,18 +117,76 @@ def _load_skops(path: str, threads: int) -> tuple[Predictor, str]:
 def _load_onnx(path: str, threads: int) -> tuple[Predictor, str]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, threads)
 
     def predict(inputs: Arrays) -> np.ndarray:
         logits: np.ndarray = session.run(["logits"], dict(inputs))[0]
         return logits
 
     return predict, f"onnxruntime {onnxruntime.__version__}"
+
+
+def onnx_session(model: str | bytes, threads: int) -> Any:
+    """Of a file, or of its contents."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+class Decoder:
+    """A language model in an ONNX session that takes and gives its cache (`export.onnx_language`).
+
+    `output`: the name of what it says, (B, T, V) logits or else.
+    """
+
+    def __init__(self, session: Any, output: str = "logits") -> None:
+        self._session, self._output = session, output
+        shapes = {one.name: one.shape for one in session.get_inputs()}
+        self._past = {n: s for n, s in shapes.items() if n.startswith("past_key_values.")}
+        self._present = [n.replace("past_key_values", "present") for n in self._past]
+
+    def __call__(
+        self, ids: np.ndarray, past: Sequence[np.ndarray] = (), *,
+        mask: np.ndarray | None = None, places: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, list[np.ndarray]]:  # fmt: skip
+        """What it says of `ids` (B, T) behind what `past` holds of them, and the past after it.
+
+        Without `mask` (B, P + T) and `places` (B, T) no token is padding.
+        """
+        num, length = ids.shape
+        before = past[0].shape[2] if past else 0
+        if mask is None:
+            mask = np.ones((num, before + length), np.int64)
+        if places is None:
+            places = np.tile(np.arange(before, before + length), (num, 1))
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
+        empty = [np.zeros((num, s[1], 0, s[3]), np.float32) for s in self._past.values()]
+        feed |= dict(zip(self._past, past or empty, strict=True))
+        said, *present = self._session.run([self._output, *self._present], feed)
+        return said, present
+
+
+def _load_decoder(path: str, threads: int) -> tuple[Predictor, Write, str]:
+    import onnxruntime
+
+    model = Decoder(onnx_session(path, threads))
+
+    def predict(inputs: Arrays) -> np.ndarray:
+        return model(inputs["input_ids"], mask=inputs["attention_mask"])[0]
+
+    def write(ids: list[int], n: int) -> float:
+        _, past = model(np.array([ids]))
+        start = time.perf_counter()
+        for _ in range(n):
+            _, past = model(np.array([ids[:1]]), past)
+        return n / (time.perf_counter() - start)
+
+    return predict, write, f"onnxruntime {onnxruntime.__version__}"
 
 
 def _load_hf(path: str, threads: int) -> tuple[Predictor, Write, str]:
@@ -192,10 +250,11 @@ def measure(
         sys.meta_path.insert(0, _NoTorch())
     if writes:
         context = inputs[0]["dims"][0]
-        predict, write, runtime = (
-            _load_hf(path, threads) if format == "hf"
-            else _load_gguf(path, threads, max(context, _ASKED + _WRITTEN))
-        )  # fmt: skip
+        if format.startswith("gguf-"):
+            predict, write, runtime = _load_gguf(path, threads, max(context, _ASKED + _WRITTEN))
+        else:
+            loader = _load_hf if format == "hf" else _load_decoder
+            predict, write, runtime = loader(path, threads)
         batch_size = 1
     else:
         predict, runtime = load(path, format, threads)

@@ -338,7 +338,10 @@ def time_shape(
         if not format.startswith("onnx"):
             task.save(cast(PreTrainedModel, model), origin, folder / "hf")
         drawn = [random_inputs([asdict(one) for one in inputs], 2)] if task.calibrated else None
-        write_files(model, folder / "hf", folder, inputs, {format}, drawn, draft=True)
+        write_files(
+            model, folder / "hf", folder, inputs, {format}, drawn, draft=True,
+            writes=not recipe.task.has_labels,
+        )  # fmt: skip
         timing = time_file(recipe, task, own, folder / "hf", folder, format)
     return Sample(timing.latency_ms, timing.peak_memory_bytes / 1e6)
 
@@ -367,4 +370,7 @@ def export(
         for batch in rows.batches(32)
     )
     calibration = [*batches] if task.calibrated else None
-    write_files(classifier, model, folder, inputs, set(formats), calibration, draft=draft)
+    write_files(
+        classifier, model, folder, inputs, set(formats), calibration, draft=draft,
+        writes=not recipe.task.has_labels,
+    )  # fmt: skip

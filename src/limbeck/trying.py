@@ -39,12 +39,13 @@ def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | No
     """The text that comes after the prompt, as it is written: the likeliest token each time; None
     for a model that classifies.
 
-    By its `hf` folder, whatever file is named. The prompt goes in as it is, without a chat
+    By the .onnx file that is named, else by the `hf` folder. The prompt goes in as it is, without a chat
     template. Raises SourceError, DataError.
     """
     from limbeck.causal import load_causal
     from limbeck.generating import Sampling, end_ids, stream
     from limbeck.models import load_tokenizer
+    from limbeck.onnx_decoder import OnnxCausal
     from limbeck.tasks.conversations import Encoder
 
     hf = hf_folder(student)
@@ -52,7 +53,10 @@ def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | No
     if not any(name.endswith("ForCausalLM") for name in config.get("architectures") or ()):
         return None
     where = str(hf)
-    model, tokenizer = load_causal(hf, where=where), load_tokenizer(hf, where=where)
+    tokenizer = load_tokenizer(hf, where=where)
+    model = (
+        OnnxCausal(student, hf) if student.suffix == ".onnx" else load_causal(hf, where=where)
+    )  # fmt: skip
     asked = Encoder(tokenizer, "text", where=where).prompt(prompt)
     sampling = Sampling(max_new_tokens=max_new_tokens, sampling_temperature=0)
     return stream(model, tokenizer, asked, sampling, ends=end_ids(model))

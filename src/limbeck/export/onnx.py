@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 # The first with Gelu as one op (with Erf and friends ORT finds it again, but only in fp32); ONNX
 # Runtime 1.17 and later read it. Opset 23 has Attention as one op: no faster (BERT, 3 x 160 and
 # 6 x 384), and the int8 quantiser takes it for com.microsoft's op of the same name.
-_OPSET = 20
+OPSET = 20
 _OUTPUTS = ["logits"]
 _SMALL = 7  # at most, of a free dimension of the example that is traced
-_MAX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph itself
+MAX_BYTES = 2**31 - 2**20  # protobuf's limit, with room for the graph itself
 
 
 def export_onnx(
@@ -46,13 +46,13 @@ def export_onnx(
     """
     require_extra()
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if size > _MAX_BYTES:
+    if size > MAX_BYTES:
         raise ValueError(f"{size} bytes of weights do not fit into one ONNX file (2 GB)")
     device = next(model.parameters()).device
     example = tuple(_example(one).to(device) for one in inputs)
     write = _write_draft if draft else _write
     module = _LogitsOnly(model, [one.name for one in inputs])
-    with replaced(path) as aside, _eval(model), torch.no_grad(), quiet():
+    with replaced(path) as aside, evaluating(model), torch.no_grad(), quiet():
         write(module, example, aside, inputs)
 
 
@@ -80,17 +80,21 @@ def _write(
         dynamo=True,
         input_names=[one.name for one in inputs],
         output_names=_OUTPUTS,
-        opset_version=_OPSET,
+        opset_version=OPSET,
         dynamic_shapes=(tuple(dynamic),),
         custom_translation_table={
             torch.ops.aten.scaled_dot_product_attention.default: _attention_translation()
         },
         verbose=False,
     )
+    save_plain(program, path)
+
+
+def save_plain(program: torch.onnx.ONNXProgram | None, path: Path) -> None:
+    """One file without stack traces, which hold this machine's paths: half of a tiny model's."""
     assert program is not None
     graph = program.model.graph
     for part in (*graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
-        # Stack traces with this machine's paths: half of a tiny model's file.
         part.metadata_props.clear()
         for value in getattr(part, "outputs", ()):
             value.metadata_props.clear()
@@ -112,7 +116,7 @@ def _write_draft(
         dynamo=False,
         input_names=names,
         output_names=_OUTPUTS,
-        opset_version=_OPSET,
+        opset_version=OPSET,
         dynamic_axes={**dynamic, "logits": {0: "batch"}},
     )
 
@@ -252,7 +256,7 @@ def require_extra() -> None:
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -31,7 +31,7 @@ from limbeck.tasks.splits import hold_out, limited
 from limbeck.tasks.task import SPLITS
 from limbeck.types import Input
 
-_TOKEN_BYTES = {"hf": 72, "gguf": 36}  # of SmolLM2's 49,152, each with its merge
+_TOKEN_BYTES = {"hf": 72, "gguf": 36, "onnx": 0}  # of SmolLM2's 49,152, each with its merge
 _LAYER_BYTES = 1_000  # names and shapes
 
 
