@@ -37,6 +37,15 @@ class Spec(BaseModel):
         return value
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters learn and the model's own weights rest: less memory, less to compute."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    """Of a matrix's change."""
+    alpha: int = Field(32, ge=1)
+    """The change is multiplied by alpha / rank."""
+
+
 class TrainingSpec(Spec):
     """One training run: AdamW, linear warm-up, linear decay to zero."""
 
@@ -63,6 +72,9 @@ class TrainingSpec(Spec):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Of the forward's matrix products. Weights, losses and the optimizer's state stay fp32.
     `auto`: bf16 for texts where the machine multiplies it faster, measured as a run begins."""
+    lora: LoraSpec | None = None
+    """Train adapters (`lora: {}`), which are merged at the end (extra 'lora'). Default: all weights
+    learn."""
     backend: Literal["auto", "dense", "fused"] = "auto"
     """`fused` never makes all logits: head and loss go in chunks of positions. `auto`: where the
     logits of a forward would take more than 48 MiB."""
