@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
-from limbeck.recipe_checks import check_elastic, check_lora, check_uld
+from limbeck.recipe_checks import check_elastic, check_lora, check_quantization, check_uld
 from limbeck.recipe_data import DataSpec, Source
 from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teacher import EstimatorSpec
@@ -251,6 +251,7 @@ class Recipe(Spec):
             raise ValueError("`distill.training.label_smoothing` has no effect without hard "
                              "labels: `distill.hard_weight` above 0")  # fmt: skip
         check_lora(self)
+        check_quantization(self)
         check_elastic(self)
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(

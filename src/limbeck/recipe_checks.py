@@ -56,6 +56,7 @@ def check_elastic(recipe: Recipe) -> None:
     for name, given in (
         ("hidden", distill.hidden), ("embedding", distill.embedding),
         ("training.lora", distill.training.lora),
+        ("quantization_aware", distill.quantization_aware),
         ("temperature.candidates", distill.temperature.candidates),
     ):  # fmt: skip
         if given:
@@ -65,6 +66,22 @@ def check_elastic(recipe: Recipe) -> None:
         if student.epochs or student.learning_rate:
             raise ValueError(f"`epochs` and `learning_rate` have no effect on {student.name}, "
                              "which is not trained: leave them out")  # fmt: skip
+
+
+def check_quantization(recipe: Recipe) -> None:
+    """Rounding that some file of the run has. Raises ValueError."""
+    spec = recipe.distill.quantization_aware
+    if spec is None:
+        return
+    if recipe.task.has_labels:
+        raise ValueError(f"`distill.quantization_aware` is for GGUF files, and {recipe.task.kind} "
+                         "has none: leave it out")  # fmt: skip
+    if spec.format not in recipe.export.formats:
+        raise ValueError(f"`distill.quantization_aware.format` {spec.format} is no file of this "
+                         "run: add it to `export.formats`, or another")  # fmt: skip
+    if recipe.distill.training.lora is not None:
+        raise ValueError("`distill.quantization_aware` rounds weights that `distill.training.lora` "
+                         "lets rest: one of them")  # fmt: skip
 
 
 def check_lora(recipe: Recipe) -> None:

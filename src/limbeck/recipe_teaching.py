@@ -328,6 +328,16 @@ class OnPolicySpec(Spec):
         return self
 
 
+class QuantizationAwareSpec(Spec):
+    """language-modeling: learn with the weights as a file will hold them, so that its rounding is
+    made up for. The student of hard labels alone learns so too."""
+
+    format: Literal["gguf-q8_0", "gguf-q4_0"]
+    """One of `export.formats`."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Of the training's steps, the last ones."""
+
+
 class DistillSpec(Spec):
     temperature: TemperatureSpec = TemperatureSpec(fixed=2.0)
     """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
@@ -346,6 +356,8 @@ class DistillSpec(Spec):
     on_policy: OnPolicySpec | None = None
     """Also learn from the teacher's view of the student's own texts. Default: from stored signals
     alone."""
+    quantization_aware: QuantizationAwareSpec | None = None
+    """Also learn to bear an exported file's rounding."""
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
     all, in which the smaller are the first units of the larger. The largest learns alone first, for

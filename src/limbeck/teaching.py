@@ -77,6 +77,7 @@ def distil(
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
+        quantization=recipe.distill.quantization_aware,
         **by,
     )
     train(model, training, folder, progress)

@@ -26,6 +26,7 @@ from limbeck.lora import adapted
 from limbeck.models import depths, no_dropout
 from limbeck.on_policy import TERM, Writer
 from limbeck.progress import Progress
+from limbeck.quantization import Rounding
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
 from limbeck.shared_adamw import SharedAdamW, clip
@@ -67,7 +68,8 @@ def _train(
     family: Family, training: Training, folder: Path, progress: Progress, sampling: Sampling
 ) -> None:
     spec, objective = training.spec, training.objective
-    assert len(family.sizes) == 1 or not objective.features, "a projector fits one size only"
+    one_size_only = (objective.features, training.quantization)  # a projector fits one width
+    assert len(family.sizes) == 1 or not any(one_size_only)
     step_of = ElasticStep(family, training, sampling)
     sizes = [family.sizes[name] for name in step_of.steps]
     for size, one in zip(sizes, step_of.steps.values(), strict=True):
@@ -102,12 +104,14 @@ def _train(
     every = 0
     if len(objective.weights) > 1 and training.looks:
         every = max(1, training.steps // training.looks)
+    rounding = Rounding(sizes[0].model, training.quantization, training.steps)
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
             done = step + 1
             look = every > 0 and done % every == 0
-            found = step_of(step, look=look)
+            with rounding.at(step):
+                found = step_of(step, look=look)
             clip(found.pieces, spec.max_grad_norm)
             factor = _schedule(step, training.steps, spec)
             pieces = found.pieces + found.learnt
@@ -125,7 +129,8 @@ def _train(
                 logged = done
                 if done in quarters and training.validate is not None:
                     optimizer.settle(done)
-                    point |= _validated(family, sizes, training)
+                    with rounding.at(step):
+                        point |= _validated(family, sizes, training)
                 if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
