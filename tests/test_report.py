@@ -385,8 +385,8 @@ def test_what_is_true_of_many_files_is_said_once():
         f"gguf-q4_0 was timed as the hf folder in torch 2.13.0, for teacher, one, two: {why}",
         "The machine was busy while these were timed: one's gguf-q4_0 (a call took 80.00 ms on the "
         "wall).",
-        "gguf-q8_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) of "
-        "cases.",
-        "gguf-q4_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) of "
-        "cases.",
+        "gguf-q8_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) "
+        "of cases.",
+        "gguf-q4_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) "
+        "of cases.",
     ]
