@@ -18,6 +18,11 @@ from tiny_world import quickly
 DOC = (Path(__file__).parents[1] / "docs/tabular.md").read_text()
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+
+
 def frame(num: int = 200, seed: int = 0) -> pandas.DataFrame:
     """Who calls often has left; its index is in another order and says nothing."""
     draw = np.random.default_rng(seed)
