@@ -15,12 +15,8 @@ from limbeck.recipe_file import load_recipe
 from limbeck.tasks.given import keep_table
 from tiny_world import quickly
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 DOC = (Path(__file__).parents[1] / "docs/tabular.md").read_text()
-
-
-@pytest.fixture(autouse=True)
-def _cache_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
 
 
 def frame(num: int = 200, seed: int = 0) -> pandas.DataFrame:

@@ -282,6 +282,7 @@ def fitted(rows: list[dict], *, frame: bool = True, model=None):
     return make_pipeline(names, model).fit(table[["colour", "weight", "width"]], table["kind"])
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_an_estimator_in_memory_teaches_and_is_asked_by_column_names(tmp_path):
     folder = make_table_world(tmp_path)
     model = fitted(things())
