@@ -19,6 +19,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What a test keeps is not left in the user's cache."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def quick():
     """No stop-watch and no energy meter in this process."""
     from tiny_world import quickly

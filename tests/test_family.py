@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -29,6 +28,7 @@ from limbeck.temperature import Fixed
 from limbeck.train import train
 from limbeck.types import Batch, Shape, Signal
 from tiny_models import bert_axes, bert_config, build, logits, random_model
+from tiny_world import Killed, KillsAt
 
 LARGE = Shape({"hidden": 24, "heads": 3, "ffn": 40}, (0, 2))
 SMALL = Shape({"hidden": 16, "heads": 2, "ffn": 20}, (2,))
@@ -392,26 +392,6 @@ def test_batchnorms_statistics_are_each_sizes_own():
 def test_a_shape_off_the_grid_is_refused(teacher):
     with pytest.raises(AxisError, match="multiples of 8"):
         family(teacher, {"odd": Shape({"hidden": 20, "heads": 2}, (0,))})
-
-
-class Killed(Exception):
-    pass
-
-
-class KillsAt:
-    """A progress bar that ends the run behind a step."""
-
-    def __init__(self, step):
-        self.left = step
-
-    @contextmanager
-    def bar(self, *args, **settings):
-        yield self
-
-    def advance(self, count):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
 
 
 def test_a_killed_run_ends_with_the_same_weights_and_the_log_names_the_sizes(

@@ -26,7 +26,7 @@ LAYERS = (
         "objective", "balance", "temperature", "signals", "teachers", "architecture",
         "energy", "linear", "report",
     },
-    {"family", "shared_adamw", "trimming"},
+    {"family", "shared_adamw", "trimming", "lora", "quantization"},
     {
         "tasks", "step", "statistics", "elastic", "train", "export", "measure", "measure_language",
         "generating", "on_policy", "cross_tokenizer", "judging", "judging_language", "answers",

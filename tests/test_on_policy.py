@@ -20,25 +20,14 @@ from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
 from limbeck.recipe_teaching import OnPolicySpec, TrainingSpec
 from limbeck.step import Step, Training
-from limbeck.tasks.causal_rows import Rows
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.temperature import Fixed
 from limbeck.train import train
-from tiny_world import quickly
+from tiny_world import Killed, KillsAt, quickly
 
 END = 2
 PROMPTS = [np.array(ids) for ids in ([5, 9], [7, 30, 41, 12], [300], [8, 8, 9], [17, 4, 90, 33, 6])]
-
-
-def rows(num: int = 12) -> Rows:
-    draw = np.random.default_rng(0)
-    tokens = tuple(draw.integers(3, 400, 10).astype(np.int32) for _ in range(num))
-    return Rows(
-        ids=np.arange(num), tokens=tokens, counted=tuple(np.ones(10, bool) for _ in tokens),
-        starts=(np.array([0]),) * num, documents=tuple(np.array([i]) for i in range(num)),
-        pad_id=0, layout="pad",
-    )  # fmt: skip
 
 
 def how(**settings) -> OnPolicy:
@@ -52,7 +41,7 @@ def how(**settings) -> OnPolicy:
 
 def lesson(epochs: float = 6, validate=None, **settings) -> Training:
     return Training(
-        rows=rows(), teacher=NoTeacher(), objective=Objective(hard_weight=1.0),
+        rows=tiny_language.rows(), teacher=NoTeacher(), objective=Objective(hard_weight=1.0),
         spec=TrainingSpec(epochs=epochs, batch_size=4, learning_rate=1e-3), seed=3, title="own",
         on_policy=how(**settings), validate=validate,
     )  # fmt: skip
@@ -69,7 +58,7 @@ def writer(model=None, **settings) -> Writer:
 def test_prompts_are_what_stands_before_an_answer():
     def cut(tokens: str, counted: str, starts=(0,), plain=False):
         row = replace(
-            rows(1), tokens=(np.array([*map(int, tokens)]),),
+            tiny_language.rows(1), tokens=(np.array([*map(int, tokens)]),),
             counted=(np.array([c == "1" for c in counted]),), starts=(np.array(starts),),
         )  # fmt: skip
         return ["".join(map(str, p)) for p in row.prompts(3, plain=plain)]
@@ -164,20 +153,6 @@ def test_who_is_like_its_teacher_has_nothing_to_learn():
     found = Step(twin, training, [*twin.parameters()])(0, look=False)
     assert abs(float(found.terms["on_policy"])) < 1e-6
     assert max(float(g.abs().max()) for g in found.gradient) < 1e-5
-
-
-class Killed(Exception):
-    pass
-
-
-class KillsAt(Silent):
-    def __init__(self, step):
-        self.left = step
-
-    def advance(self, amount, note=""):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("kills", [(4,), (7, 3)])

@@ -9,6 +9,7 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import limbeck.report
+from limbeck import findings
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.report import (
     BudgetEntry,
@@ -359,3 +361,32 @@ def test_the_charts_say_which_files_they_compare():
     drawn = html.unescape(scatters(mixed))
     assert "teacher's onnx-fp32 file" in drawn
     assert f"students' {report.students[0].primary} files" in drawn
+
+
+def test_what_is_true_of_many_files_is_said_once():
+    def member(name, *, wall, agreement):
+        entries = [
+            {"format": kind, "runtime": "torch 2.13.0", "latency_ms": {"median": 10.0},
+             "parity": {"agreement": agreement}}
+            for kind in ("gguf-q8_0", "gguf-q4_0")
+        ]  # fmt: skip
+        entries.append({"format": "hf", "runtime": "torch 2.13.0", "latency_ms": {"median": 10.0}})
+        walls = {"gguf-q8_0": 10.5, "gguf-q4_0": wall, "hf": 10.1}
+        measured = {"artifacts": entries, "wall_ms": walls}
+        return SimpleNamespace(name=name, measured=SimpleNamespace(json=lambda _: measured))
+
+    said = findings._of_files([
+        member("teacher", wall=11.0, agreement=0.99), member("one", wall=80.0, agreement=0.701),
+        member("two", wall=11.0, agreement=0.802),
+    ])  # fmt: skip
+    why = "llama-cpp-python is not there (extra 'verify')."
+    assert said == [
+        f"gguf-q8_0 was timed as the hf folder in torch 2.13.0, for teacher, one, two: {why}",
+        f"gguf-q4_0 was timed as the hf folder in torch 2.13.0, for teacher, one, two: {why}",
+        "The machine was busy while these were timed: one's gguf-q4_0 (a call took 80.00 ms on the "
+        "wall).",
+        "gguf-q8_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) "
+        "of cases.",
+        "gguf-q4_0 gives the answer of the model it came from in only 70.1 % (one), 80.2 % (two) "
+        "of cases.",
+    ]

@@ -282,6 +282,7 @@ def fitted(rows: list[dict], *, frame: bool = True, model=None):
     return make_pipeline(names, model).fit(table[["colour", "weight", "width"]], table["kind"])
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_an_estimator_in_memory_teaches_and_is_asked_by_column_names(tmp_path):
     folder = make_table_world(tmp_path)
     model = fitted(things())
@@ -297,6 +298,23 @@ def test_an_estimator_in_memory_teaches_and_is_asked_by_column_names(tmp_path):
     said = np.load(folder / "out/teacher/measure/logits.npy")
     probs = model.predict_proba(frame[["colour", "weight", "width"]])
     assert np.abs(np.exp(said) - np.maximum(probs, 1e-6)).max() < 1e-5
+
+
+def test_boosting_is_searched_saved_and_teaches(tmp_path):
+    estimator = {
+        "kind": "hist_gradient_boosting", "settings": {"max_iter": 10},
+        "search": {"max_leaf_nodes": [3, 7]},
+    }  # fmt: skip
+    folder = make_table_world(tmp_path, teacher={"estimator": estimator})
+    with quickly():
+        report = limbeck.distill(folder / "recipe.yaml", folder / "out")
+    saved = folder / "out/teacher/hf/model.skops"
+    about = json.loads((saved.parent / "estimator.json").read_text())
+    assert [one["settings"]["max_leaf_nodes"] for one in about["tried"]] == [3, 7]
+    model = skops.io.load(saved, trusted=about["trusted"])
+    assert model.get_params()["categorical_features"] == [2], "colour, behind two numbers"
+    assert report.teacher.main.quality.value > 0.8
+    assert report.students[0].main.quality.value > 0.8
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ import random
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from limbeck.tasks.causal_rows import Rows
 
 CORPUS = [
     "the old man and the sea 1952", "a mansion and theology, andante cantabile",
@@ -93,6 +96,17 @@ def log_probs(of, ids: list[int]) -> torch.Tensor:
     tokens = torch.tensor([ids])
     scores = of(input_ids=tokens).logits[0, :-1].float().log_softmax(-1)
     return scores.gather(1, tokens[0, 1:, None])[:, 0]
+
+
+def rows(num: int = 12) -> Rows:
+    """Random ids."""
+    draw = np.random.default_rng(0)
+    tokens = tuple(draw.integers(3, 400, 10).astype(np.int32) for _ in range(num))
+    return Rows(
+        ids=np.arange(num), tokens=tokens, counted=tuple(np.ones(10, bool) for _ in tokens),
+        starts=(np.array([0]),) * num, documents=tuple(np.array([i]) for i in range(num)),
+        pad_id=0, layout="pad",
+    )  # fmt: skip
 
 
 def texts(num: int = 60) -> list[str]:

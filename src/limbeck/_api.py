@@ -22,22 +22,38 @@ if TYPE_CHECKING:
 def distill(
     recipe: AnyRecipe, out: str | Path, *, overrides: Sequence[str] = (),
     repair: bool = False, progress: Progress | None = None, teacher: Any = None,
+    train: Any = None, test: Any = None,
 ) -> Report:  # fmt: skip
     """Distil the recipe's teacher into its family of students, in the folder `out`.
 
     `recipe` is a built-in name, a file, a Recipe, or what its YAML would hold as a dict;
     `overrides` are `a.b=c` as with `--set`, for a name or a file.
     `teacher` is a fitted scikit-learn estimator in place of the recipe's teacher (extra 'tabular').
+    `train` and `test` are tables in place of `data.train` and `data.test`: of pandas, pyarrow,
+    polars, or whatever else speaks Arrow.
     Raises LimbeckError subclasses; an unmet budget stands in the report.
     """
     from limbeck import pipeline
 
+    given: dict[str, Any] = {}
+    for split, table in (("train", train), ("test", test)):
+        if table is not None:
+            from limbeck.tasks.given import keep_table
+
+            given[split] = keep_table(table, f"distill({split}=...)")
+    if given and isinstance(recipe, Mapping):  # which may then lack them
+        recipe = {**recipe, "data": {**(recipe.get("data") or {}), **given}}
     loaded, base = _load(recipe, overrides)
+    whole = loaded.model_dump(mode="json")
+    whole["data"] |= given
     if teacher is not None:
-        from limbeck.recipe_file import validate
         from limbeck.tasks.estimators import keep_given
 
-        loaded = validate({**loaded.model_dump(mode="json"), "teacher": keep_given(teacher)})
+        whole["teacher"] = keep_given(teacher)
+    if given or teacher is not None:
+        from limbeck.recipe_file import validate
+
+        loaded = validate(whole)
     return pipeline.distill(loaded, Path(out), base=base, repair=repair, progress=progress)
 
 

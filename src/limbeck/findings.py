@@ -317,27 +317,39 @@ def _warnings(
     for member in members:
         if member.compared is not None:
             found += _of_two_tokenizers(member.name, member.compared.json("comparison.json"))
+    return (*found, *_of_files(members))
+
+
+def _of_files(members: Sequence[Member]) -> list[str]:
+    """What is to be said of exported files, in one sentence for all of which it is true."""
+    elsewhere: dict[tuple[str, str], list[str]] = {}  # names by format and runtime
+    busy: list[str] = []
+    unlike: dict[str, list[str]] = {}
+    for member in members:
         measured = member.measured.json("measurement.json")
         for entry in measured["artifacts"]:
-            runtime = entry.get("runtime") or ""
-            if entry["format"].startswith("gguf") and not runtime.startswith("llama.cpp"):
-                found.append(
-                    f"{member.name}: {entry['format']} was timed as its hf folder in {runtime}: "
-                    "llama-cpp-python is not there (extra 'verify')."
-                )
-            wall = measured["wall_ms"][entry["format"]]
+            format, runtime = entry["format"], entry.get("runtime") or ""
+            if format.startswith("gguf") and not runtime.startswith("llama.cpp"):
+                elsewhere.setdefault((format, runtime), []).append(member.name)
+            wall = measured["wall_ms"][format]
             if wall > _BUSY * entry["latency_ms"]["median"]:
-                found.append(
-                    f"{member.name}: the machine was busy while {entry['format']} was timed; a "
-                    f"call took {wall:.2f} ms on the wall."
-                )
+                busy.append(f"{member.name}'s {format} (a call took {wall:.2f} ms on the wall)")
             agreement = entry.get("parity", {}).get("agreement", 1.0)
             if agreement < 0.95:
-                found.append(
-                    f"{member.name}: {entry['format']} gives the answer of the model it came from "
-                    f"in only {100 * agreement:.1f} % of cases."
-                )
-    return tuple(found)
+                said = f"{100 * agreement:.1f} % ({member.name})"
+                unlike.setdefault(format, []).append(said)
+    found = [
+        f"{format} was timed as the hf folder in {runtime}, for {', '.join(names)}: "
+        "llama-cpp-python is not there (extra 'verify')."
+        for (format, runtime), names in elsewhere.items()
+    ]
+    if busy:
+        found.append(f"The machine was busy while these were timed: {', '.join(busy)}.")
+    found += [
+        f"{format} gives the answer of the model it came from in only {', '.join(said)} of cases."
+        for format, said in unlike.items()
+    ]
+    return found
 
 
 def write_cards(report: Report, folder: Path, model: Fetched, data: Fetched) -> None:

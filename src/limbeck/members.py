@@ -97,7 +97,7 @@ class Taught:
             starts["random_init"] = "random"
         for name, start in starts.items():
             found[name] = self._held_against(
-                name, [*self.start, self.training, start],
+                name, [*self.start, self.training, start, recipe.distill.quantization_aware],
                 partial(self._train, taught=False, start=start),
             )
         return found

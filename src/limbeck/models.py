@@ -281,5 +281,19 @@ def no_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def depths(names: Sequence[str]) -> dict[str, int]:
+    """0 for what stands before the first numbered block, then one more a block, the head last."""
+    found: dict[str, int] = {}
+    deepest = 0
+    for name in names:
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if number is not None:
+            found[name] = number + 1
+            deepest = max(deepest, number + 1)
+        else:
+            found[name] = deepest + 1 if deepest else 0
+    return found
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)

@@ -23,7 +23,6 @@ from limbeck.members import Ground, Taught
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.recipe_file import RECIPE, load_recipe, rebase, validate
-from limbeck.recipe_task import LanguageTask, TextTask
 from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
@@ -166,7 +165,7 @@ class _Still:
     def settled(self) -> Recipe:
         """With the precision that this run's first machine was fast in: it stays the run's own."""
         asked = self.recipe.precisions
-        if "auto" in asked and not isinstance(self.recipe.task, TextTask | LanguageTask):
+        if "auto" in asked and not self.recipe.task.has_tokens:
             self.recipe = self.recipe.in_precision("fp32")  # bf16 is slow in convolutions
         elif asked != {"fp32"}:
             made = self.run.stage("precision", [], lambda at: stages.measure_precisions(at))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
-from limbeck.recipe_checks import check_uld
+from limbeck.recipe_checks import check_elastic, check_lora, check_quantization, check_uld
 from limbeck.recipe_data import DataSpec, Source
 from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teacher import EstimatorSpec
@@ -250,7 +250,9 @@ class Recipe(Spec):
         if distill.training.label_smoothing and not distill.hard_weight:
             raise ValueError("`distill.training.label_smoothing` has no effect without hard "
                              "labels: `distill.hard_weight` above 0")  # fmt: skip
-        self._check_elastic()
+        check_lora(self)
+        check_quantization(self)
+        check_elastic(self)
         if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
             raise ValueError(
                 "`measure.secondary_rows` has no effect with one format: null, or more formats"
@@ -328,37 +330,6 @@ class Recipe(Spec):
     def of_another_tokenizer(self) -> bool:
         """Whether students read other tokens than their teacher."""
         return self.distill.divergence.kind == "uld"
-
-    def _check_elastic(self) -> None:
-        distill, cut = self.distill, [s for s in self.students if not s.trained]
-        if distill.run == "dedicated":
-            if cut:
-                raise ValueError(
-                    f"`{cut[0].name}` is not trained, and there is no elastic run to cut it from: "
-                    "`distill.run: elastic`"
-                )
-            if distill.rivals > 1:
-                raise ValueError("`distill.rivals` has no effect: they are tried in an elastic run")
-            if self.evidence.dedicated:
-                raise ValueError("`evidence.dedicated` has no effect: all students are dedicated")
-            return
-        trained = [s.name for s in self.students if s.trained]
-        if unknown := sorted({*self.evidence.dedicated} - {*trained}):
-            raise ValueError(f"`evidence.dedicated` names {unknown[0]!r}: some of the trained "
-                             f"students, {', '.join(trained)}")  # fmt: skip
-        if len(cut) == len(self.students):
-            raise ValueError("no student is trained: one or more with `trained: true`")
-        for name, given in (
-            ("hidden", distill.hidden), ("embedding", distill.embedding),
-            ("temperature.candidates", distill.temperature.candidates),
-        ):  # fmt: skip
-            if given:
-                raise ValueError(f"`distill.{name}` is for students in runs of their own: leave "
-                                 "it out, or `distill.run: dedicated`")  # fmt: skip
-        for student in cut:
-            if student.epochs or student.learning_rate:
-                raise ValueError(f"`epochs` and `learning_rate` have no effect on {student.name}, "
-                                 "which is not trained: leave them out")  # fmt: skip
 
     @classmethod
     def schema_json(cls, **_: Any) -> str:

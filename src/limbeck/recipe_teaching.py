@@ -37,6 +37,15 @@ class Spec(BaseModel):
         return value
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters learn and the model's own weights rest: less memory, less to compute."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    """Of a matrix's change."""
+    alpha: int = Field(32, ge=1)
+    """The change is multiplied by alpha / rank."""
+
+
 class TrainingSpec(Spec):
     """One training run: AdamW, linear warm-up, linear decay to zero."""
 
@@ -63,6 +72,9 @@ class TrainingSpec(Spec):
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Of the forward's matrix products. Weights, losses and the optimizer's state stay fp32.
     `auto`: bf16 for texts where the machine multiplies it faster, measured as a run begins."""
+    lora: LoraSpec | None = None
+    """Train adapters (`lora: {}`), which are merged at the end (extra 'lora'). Default: all weights
+    learn."""
     backend: Literal["auto", "dense", "fused"] = "auto"
     """`fused` never makes all logits: head and loss go in chunks of positions. `auto`: where the
     logits of a forward would take more than 48 MiB."""
@@ -316,6 +328,16 @@ class OnPolicySpec(Spec):
         return self
 
 
+class QuantizationAwareSpec(Spec):
+    """language-modeling: learn with the weights as a file will hold them, so that its rounding is
+    made up for. The student of hard labels alone learns so too."""
+
+    format: Literal["gguf-q8_0", "gguf-q4_0"]
+    """One of `export.formats`."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Of the training's steps, the last ones."""
+
+
 class DistillSpec(Spec):
     temperature: TemperatureSpec = TemperatureSpec(fixed=2.0)
     """Softens teacher's and student's distribution alike; the loss is multiplied by its square."""
@@ -334,6 +356,8 @@ class DistillSpec(Spec):
     on_policy: OnPolicySpec | None = None
     """Also learn from the teacher's view of the student's own texts. Default: from stored signals
     alone."""
+    quantization_aware: QuantizationAwareSpec | None = None
+    """Also learn to bear an exported file's rounding."""
     run: Literal["dedicated", "elastic"] = "dedicated"
     """`dedicated`: each student has weights of its own and a run of its own. `elastic`: one run for
     all, in which the smaller are the first units of the larger. The largest learns alone first, for

@@ -23,7 +23,7 @@ from limbeck.objective import Objective, total
 from limbeck.observe import Observer
 from limbeck.on_policy import TERM, OnPolicy, Writer
 from limbeck.ranks import ranks
-from limbeck.recipe_teaching import TrainingSpec
+from limbeck.recipe_teaching import QuantizationAwareSpec, TrainingSpec
 from limbeck.run import read_index, write_json
 from limbeck.statistics import GHOST, norms_of
 from limbeck.tasks.task import Rows, order
@@ -53,6 +53,7 @@ class Training:
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
     looks: int = 20  # times that the terms' gradients are held against each other
+    quantization: QuantizationAwareSpec | None = None  # some steps are on rounded weights
     on_policy: OnPolicy | None = None  # some steps are on the model's own texts
 
     @property

@@ -68,12 +68,16 @@ def distil(
     model = _student(recipe, shape, places, task, start)
     what = "" if taught else f", hard labels, {start} start"
     by = lesson(recipe, student, places, temperature, features) if taught else hard_labels(recipe)
+    spec = recipe.training_of(student)
+    if start == "random":  # adapters of random weights would be no rival
+        spec = spec.model_copy(update={"lora": None})
     training = Training(
         rows=task.rows("train"),
-        spec=recipe.training_of(student),
+        spec=spec,
         seed=recipe.seed,
         title=f"{student.name}{what}",
         validate=validator(task, recipe.seed),
+        quantization=recipe.distill.quantization_aware,
         **by,
     )
     train(model, training, folder, progress)

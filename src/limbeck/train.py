@@ -22,9 +22,11 @@ from limbeck.balance import Balance
 from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
 from limbeck.family import Family, Size
-from limbeck.models import no_dropout
+from limbeck.lora import adapted
+from limbeck.models import depths, no_dropout
 from limbeck.on_policy import TERM, Writer
 from limbeck.progress import Progress
+from limbeck.quantization import Rounding
 from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
 from limbeck.shared_adamw import SharedAdamW, clip
@@ -52,10 +54,23 @@ def train(
 
     Raises DamagedError if a checkpoint lost its checksum, RecipeError if the loss is not finite.
     """
+    if isinstance(model, Family):
+        assert training.spec.lora is None, "the recipe refused it"
+        _train(model, training, folder, progress, sampling or Sampling())
+        return
+    with adapted(model, training.spec.lora, seed=training.seed) as said:
+        if said is not None:
+            progress.say(f"{training.title}: {said}")
+        _train(Family.of_one(model), training, folder, progress, Sampling())
+
+
+def _train(
+    family: Family, training: Training, folder: Path, progress: Progress, sampling: Sampling
+) -> None:
     spec, objective = training.spec, training.objective
-    family = model if isinstance(model, Family) else Family.of_one(model)
-    assert len(family.sizes) == 1 or not objective.features, "a projector fits one size only"
-    step_of = ElasticStep(family, training, sampling or Sampling())
+    one_size_only = (objective.features, training.quantization)  # a projector fits one width
+    assert len(family.sizes) == 1 or not any(one_size_only)
+    step_of = ElasticStep(family, training, sampling)
     sizes = [family.sizes[name] for name in step_of.steps]
     for size, one in zip(sizes, step_of.steps.values(), strict=True):
         no_dropout(size.model)
@@ -89,12 +104,14 @@ def train(
     every = 0
     if len(objective.weights) > 1 and training.looks:
         every = max(1, training.steps // training.looks)
+    rounding = Rounding(sizes[0].model, training.quantization, training.steps)
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
         for step in range(first, training.steps):
             done = step + 1
             look = every > 0 and done % every == 0
-            found = step_of(step, look=look)
+            with rounding.at(step):
+                found = step_of(step, look=look)
             clip(found.pieces, spec.max_grad_norm)
             factor = _schedule(step, training.steps, spec)
             pieces = found.pieces + found.learnt
@@ -112,7 +129,8 @@ def train(
                 logged = done
                 if done in quarters and training.validate is not None:
                     optimizer.settle(done)
-                    point |= _validated(family, sizes, training)
+                    with rounding.at(step):
+                        point |= _validated(family, sizes, training)
                 if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
@@ -198,28 +216,14 @@ def _peaks(names: list[str], spec: TrainingSpec) -> dict[str, float]:
 
     Layer-wise decay: ULMFiT's discriminative fine-tuning (Howard & Ruder 2018, sec. 3.2).
     """
-    depths = _depths(names)
-    top = max(depths.values())
+    of_depth = depths(names)
+    top = max(of_depth.values())
     return {
         name: spec.learning_rate
         * spec.layer_decay ** (top - depth)
         * (spec.head_factor if depth == top else 1.0)
-        for name, depth in depths.items()
+        for name, depth in of_depth.items()
     }
-
-
-def _depths(names: list[str]) -> dict[str, int]:
-    """0 for what stands before the first numbered block, then one more a block, the head last."""
-    depths: dict[str, int] = {}
-    deepest = 0
-    for name in names:
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if number is not None:
-            depths[name] = number + 1
-            deepest = max(deepest, number + 1)
-        else:
-            depths[name] = deepest + 1 if deepest else 0
-    return depths
 
 
 class _Log:

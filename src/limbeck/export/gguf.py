@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from limbeck.errors import MissingExtraError, SourceError
 from limbeck.gguf_source import DIGITS, SPLITS, WHOLE_WORDS
 from limbeck.models import load_tokenizer
+from limbeck.quantization import block_kind
 from limbeck.run import replaced
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 GGUFKind = Literal["f32", "f16", "q8_0", "q4_0"]
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-_BLOCK = 32
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # llama.cpp's kinds of tokens
 
 
@@ -153,11 +153,9 @@ def _kind_of(name: str, tensor: np.ndarray, kind: GGUFKind) -> gguf.GGMLQuantiza
 
     if tensor.ndim == 1 or kind == "f32":
         return Kind.F32
-    if kind == "f16" or tensor.shape[-1] % _BLOCK:
-        return Kind.F16
-    if kind == "q8_0" or name in ("token_embd.weight", "output.weight"):
-        return Kind.Q8_0
-    return Kind.Q4_0
+    of_tokens = name in ("token_embd.weight", "output.weight")
+    stored = None if kind == "f16" else block_kind(tensor.shape, kind, of_tokens=of_tokens)
+    return {None: Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}[stored]
 
 
 def _add_tokenizer(
