@@ -1,4 +1,4 @@
-"""A language model's ONNX file, run by ONNX Runtime: asked about rows, and writing with its cache."""
+"""A language model's ONNX file in ONNX Runtime: asked about rows, and writing with its cache."""
 
 from __future__ import annotations
 

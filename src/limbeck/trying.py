@@ -39,8 +39,8 @@ def write(student: Path, prompt: str, max_new_tokens: int) -> Iterator[str] | No
     """The text that comes after the prompt, as it is written: the likeliest token each time; None
     for a model that classifies.
 
-    By the .onnx file that is named, else by the `hf` folder. The prompt goes in as it is, without a chat
-    template. Raises SourceError, DataError.
+    By the .onnx file that is named, else by the `hf` folder. The prompt goes in as it is, without a
+    chat template. Raises SourceError, DataError.
     """
     from limbeck.causal import load_causal
     from limbeck.generating import Sampling, end_ids, stream

@@ -23,6 +23,8 @@ from limbeck.run import replaced
 
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # of the example: apart, lest the exporter take one for the other
 
+_TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
+
 
 def export_decoder(model: PreTrainedModel, path: Path, *, where: str) -> None:
     """Write the model to `path`; tied embeddings are stored once.
@@ -50,7 +52,7 @@ def export_decoder(model: PreTrainedModel, path: Path, *, where: str) -> None:
                     past,
                 ),
                 dynamo=True,
-                input_names=["input_ids", "attention_mask", "position_ids", *_names("past", layers)],
+                input_names=[*_TOKEN_INPUTS, *_names("past", layers)],
                 output_names=["logits", *_names("present", layers)],
                 opset_version=OPSET,
                 dynamic_shapes=_free(len(past)),
