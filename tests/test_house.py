@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import limbeck
+from limbeck import checkup
 
 ROOT = Path(limbeck.__file__).parent
 LAYERS = (
@@ -85,3 +87,9 @@ def test_all_is_the_public_surface():
     public = {name for name in vars(limbeck) if not name.startswith("_")} - rooms
     assert {*limbeck.__all__} == public
     assert not {*limbeck.__all__} & rooms, "importing the room would replace the function"
+
+
+def test_doctor_knows_every_extra_that_a_user_may_want():
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text())["project"]
+    known = {*project["optional-dependencies"]} - {"all", "test", "peers"}
+    assert {*checkup._EXTRAS} == known

@@ -13,14 +13,13 @@ from limbeck.causal import load_causal
 from limbeck.errors import MissingExtraError, RecipeError
 from limbeck.lora import adapted
 from limbeck.objective import Objective
-from limbeck.progress import Silent
 from limbeck.recipe_file import validate
 from limbeck.recipe_teaching import LoraSpec, TrainingSpec
 from limbeck.step import Training
 from limbeck.teachers.stored import NoTeacher
-from limbeck.train import train
+from tiny_images import make_image_world
 from tiny_models import bert_config, random_model
-from tiny_world import Killed, KillsAt, quickly
+from tiny_world import Said, quickly, trained
 
 LORA = LoraSpec(rank=4, alpha=8)
 
@@ -85,20 +84,11 @@ def test_without_peft_the_error_names_the_extra():
 
 
 @pytest.mark.parametrize("kills", [(3,), (2, 4)])
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kills):
-    monkeypatch.setattr("limbeck.train._SAVE_EVERY", 0.0)
-
-    def trained(folder, *at):
-        folder.mkdir()
-        for kill in at:
-            with pytest.raises(Killed):
-                train(tiny_language.model(), lesson(), folder, KillsAt(kill))
-        train(model := tiny_language.model(), lesson(), folder, Silent())
-        return state(model)
-
-    whole, killed = trained(tmp_path / "a"), trained(tmp_path / "b", *kills)
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, kills):
+    whole = trained(tmp_path / "a", tiny_language.model, lesson)
+    killed = trained(tmp_path / "b", tiny_language.model, lesson, *kills)
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
-    assert any(not torch.equal(v, whole[n]) for n, v in tiny_language.model().state_dict().items())
+    assert any(not torch.equal(v, whole[n]) for n, v in tiny_language.model().named_parameters())
 
 
 def test_teacher_and_students_of_a_run(tmp_path):
@@ -106,10 +96,15 @@ def test_teacher_and_students_of_a_run(tmp_path):
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["teacher"]["tune"] = {**recipe["distill"]["training"], "lora": {"rank": 8, "alpha": 16}}
     recipe["distill"]["training"]["lora"] = {}
-    recipe["evidence"] = {"baselines": "all", "random_init": False}
+    recipe["evidence"] = {"baselines": "all", "random_init": True}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = Said()
     with quickly():
-        report = limbeck.distill(folder / "recipe.yaml", folder / "out")
+        report = limbeck.distill(folder / "recipe.yaml", folder / "out", progress=said)
+    adapted_ones = {line.partition(": ")[0] for line in said.lines if "in adapters" in line}
+    name = report.students[0].name
+    assert adapted_ones >= {"teacher", name, f"{name}, hard labels, prefix start"}
+    assert f"{name}, hard labels, random start" not in adapted_ones, "it would be no rival"
     before = load_causal(folder / "teacher", where="x").state_dict()
     after = load_causal(folder / "out/teacher/hf", where="x").state_dict()
     assert after.keys() == before.keys()
@@ -120,17 +115,24 @@ def test_teacher_and_students_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("distill", "base", "said"),
     [
-        ({"run": "elastic"}, "`distill.training.lora` is for students in runs of their own"),
-        ({"base": {"config": {"model_type": "llama"}}}, "random weights of `base.config` rest"),
+        ({"run": "elastic"}, None, "`distill.training.lora` is for students in runs of their own"),
+        ({}, {"config": {"model_type": "llama"}}, "random weights of `base.config` rest"),
     ],
 )
-def test_weights_that_cannot_rest_are_refused(tmp_path, changes, said):
+def test_weights_that_cannot_rest_are_refused(tmp_path, distill, base, said):
     folder = tiny_language.make_language_world(tmp_path)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["distill"]["training"]["lora"] = {}
-    recipe["distill"] |= {k: v for k, v in changes.items() if k == "run"}
-    recipe |= {k: v for k, v in changes.items() if k == "base"}
+    recipe["distill"] |= distill
     with pytest.raises(RecipeError, match=said):
+        validate(recipe | {"base": base})
+
+
+def test_a_teacher_of_random_weights_cannot_rest(tmp_path):
+    recipe = yaml.safe_load((make_image_world(tmp_path) / "recipe.yaml").read_text())
+    tune = {"epochs": 1, "learning_rate": 0.1, "lora": {}}
+    recipe["teacher"] = {"config": {"model_type": "resnet"}, "tune": tune}
+    with pytest.raises(RecipeError, match=r"`teacher\.tune\.lora` lets random weights rest"):
         validate(recipe)

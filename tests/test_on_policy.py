@@ -23,8 +23,7 @@ from limbeck.step import Step, Training
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.stored import NoTeacher
 from limbeck.temperature import Fixed
-from limbeck.train import train
-from tiny_world import Killed, KillsAt, quickly
+from tiny_world import quickly, trained
 
 END = 2
 PROMPTS = [np.array(ids) for ids in ([5, 9], [7, 30, 41, 12], [300], [8, 8, 9], [17, 4, 90, 33, 6])]
@@ -156,19 +155,10 @@ def test_who_is_like_its_teacher_has_nothing_to_learn():
 
 
 @pytest.mark.parametrize("kills", [(4,), (7, 3)])
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kills):
-    monkeypatch.setattr("limbeck.train._SAVE_EVERY", 0.0)
-
-    def trained(folder, *at):
-        folder.mkdir()
-        for kill in at:
-            with pytest.raises(Killed):
-                train(student(), lesson(), folder, KillsAt(kill))
-        train(model := student(), lesson(), folder, Silent())
-        return [p.detach() for p in model.parameters()]
-
-    whole, killed = trained(tmp_path / "a"), trained(tmp_path / "b", *kills)
-    assert all(torch.equal(a, b) for a, b in zip(whole, killed, strict=True))
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, kills):
+    whole = trained(tmp_path / "a", student, lesson)
+    killed = trained(tmp_path / "b", student, lesson, *kills)
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
     log = (tmp_path / "b/training.jsonl").read_text()
     points = [json.loads(line) for line in log.splitlines()]
     own = lesson().own_steps

@@ -7,20 +7,11 @@ import yaml
 
 import limbeck
 from limbeck import precision
-from limbeck.progress import Silent
 from limbeck.recipe_file import load_recipe
 from tiny_images import make_image_world
-from tiny_world import make_world, quickly
+from tiny_world import Said, make_world, quickly
 
 FAST, SLOW = {"fp32": 10.0, "bf16": 2.0}, {"fp32": 10.0, "bf16": 50.0}
-
-
-class Said(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 def distilled(folder, found, *, asked="auto", **changes):

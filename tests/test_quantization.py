@@ -18,7 +18,7 @@ from limbeck.recipe_teaching import QuantizationAwareSpec, TrainingSpec
 from limbeck.step import Training
 from limbeck.teachers.stored import NoTeacher
 from limbeck.train import train
-from tiny_world import Killed, KillsAt, quickly
+from tiny_world import quickly, trained
 
 SPEC = QuantizationAwareSpec(format="gguf-q4_0", share=0.5)
 
@@ -129,21 +129,12 @@ def test_validation_sees_what_the_file_will_hold(tmp_path):
 
 
 @pytest.mark.parametrize("kills", [(3,), (6, 1)])
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch, kills):
-    monkeypatch.setattr("limbeck.train._SAVE_EVERY", 0.0)
-
-    def trained(folder, *at):
-        folder.mkdir()
-        for kill in at:
-            with pytest.raises(Killed):
-                train(tiny_language.model(), lesson(), folder, KillsAt(kill))
-        train(model := tiny_language.model(), lesson(), folder, Silent())
-        return state(model)
-
-    whole, killed = trained(tmp_path / "a"), trained(tmp_path / "b", *kills)
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, kills):
+    whole = trained(tmp_path / "a", tiny_language.model, lesson)
+    killed = trained(tmp_path / "b", tiny_language.model, lesson, *kills)
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
-    train(plain := tiny_language.model(), lesson(None), tmp_path, Silent())
-    assert not all(torch.equal(value, whole[name]) for name, value in state(plain).items())
+    plain = trained(tmp_path / "c", tiny_language.model, lambda: lesson(None))
+    assert not all(torch.equal(value, whole[name]) for name, value in plain.items())
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,23 @@
 """A whole run's inputs in a folder: a tiny random teacher, a table it can learn, a recipe."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn import Module
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from limbeck import pipeline, runtime
+from limbeck import train as loop
 from limbeck.energy import NoMeter
 from limbeck.progress import Silent
+from limbeck.step import Training
 from limbeck.tasks.text_classification import Rows
 from tiny_models import bert_config, random_model
 
@@ -117,6 +121,16 @@ def quickly() -> Iterator[None]:
         yield
 
 
+class Said(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
 class Killed(Exception):
     pass
 
@@ -131,3 +145,14 @@ class KillsAt(Silent):
         self.left -= 1
         if self.left == 0:
             raise Killed
+
+
+def trained(folder: Path, make: Callable[[], Module], lesson: Callable[[], Training], *kills: int):
+    """The weights at the end, by name, of a training that is killed behind so many steps each."""
+    folder.mkdir()
+    with patch.object(loop, "_SAVE_EVERY", 0.0):
+        for kill in kills:
+            with pytest.raises(Killed):
+                loop.train(make(), lesson(), folder, KillsAt(kill))
+        loop.train(model := make(), lesson(), folder, Silent())
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}

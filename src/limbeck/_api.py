@@ -36,24 +36,16 @@ def distill(
     from limbeck import pipeline
 
     given: dict[str, Any] = {}
-    for split, table in (("train", train), ("test", test)):
-        if table is not None:
-            from limbeck.tasks.given import keep_table
+    if train is not None or test is not None or teacher is not None:
+        from limbeck.tasks import given as kept
 
-            given[split] = keep_table(table, f"distill({split}=...)")
-    if given and isinstance(recipe, Mapping):  # which may then lack them
-        recipe = {**recipe, "data": {**(recipe.get("data") or {}), **given}}
-    loaded, base = _load(recipe, overrides)
-    whole = loaded.model_dump(mode="json")
-    whole["data"] |= given
-    if teacher is not None:
-        from limbeck.tasks.estimators import keep_given
-
-        whole["teacher"] = keep_given(teacher)
-    if given or teacher is not None:
-        from limbeck.recipe_file import validate
-
-        loaded = validate(whole)
+        tables = {"train": train, "test": test}
+        data = {n: kept.keep_table(t, f"distill({n}=...)") for n, t in tables.items()
+                if t is not None}  # fmt: skip
+        given = {"data": data} if data else {}
+        if teacher is not None:
+            given["teacher"] = kept.keep_estimator(teacher, "distill(teacher=...)")
+    loaded, base = _load(recipe, overrides, given)
     return pipeline.distill(loaded, Path(out), base=base, repair=repair, progress=progress)
 
 
@@ -184,12 +176,23 @@ def doctor() -> dict[str, Any]:
     return checkup.examine()
 
 
-def _load(recipe: AnyRecipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+def _load(
+    recipe: AnyRecipe, overrides: Sequence[str], given: Mapping[str, Any] | None = None
+) -> tuple[Recipe, Path]:
+    """`given` are sections that take the place of the recipe's, which may then lack them as a dict;
+    of `data` only what is named."""
     from limbeck.recipe import Recipe
     from limbeck.recipe_file import load_recipe, validate
 
-    if isinstance(recipe, Recipe):
-        return validate(recipe.model_dump(mode="json")), Path.cwd()
     if isinstance(recipe, Mapping):
-        return validate(dict(recipe)), Path.cwd()
-    return load_recipe(recipe, overrides)
+        whole, base = dict(recipe), Path.cwd()
+    elif isinstance(recipe, Recipe):
+        whole, base = recipe.model_dump(mode="json"), Path.cwd()
+    else:
+        loaded, base = load_recipe(recipe, overrides)
+        if not given:
+            return loaded, base
+        whole = loaded.model_dump(mode="json")
+    for section, values in (given or {}).items():
+        whole[section] = {**(whole.get("data") or {}), **values} if section == "data" else values
+    return validate(whole), base

@@ -13,6 +13,11 @@ _EXTRAS = {
     "compare": ("sklearn",),
     "meter": ("codecarbon",),
     "images": ("PIL",),
+    "tabular": ("sklearn", "skops", "pandas", "rdata"),
+    "balance": ("torchjd", "qpsolvers", "quadprog"),
+    "lm": ("gguf", "accelerate", "jinja2", "sacrebleu", "rouge_score"),
+    "lora": ("peft",),
+    "verify": ("llama_cpp",),
     "fetch": ("datasets", "huggingface_hub"),
 }
 

@@ -22,7 +22,6 @@ from limbeck.export.onnx import MAX_BYTES, OPSET, evaluating, quiet, require_ext
 from limbeck.run import replaced
 
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # of the example: apart, lest the exporter take one for the other
-
 _TOKEN_INPUTS = ["input_ids", "attention_mask", "position_ids"]
 
 
@@ -52,7 +51,7 @@ def export_decoder(model: PreTrainedModel, path: Path, *, where: str) -> None:
                     past,
                 ),
                 dynamo=True,
-                input_names=[*_TOKEN_INPUTS, *_names("past", layers)],
+                input_names=[*_TOKEN_INPUTS, *_names("past_key_values", layers)],
                 output_names=["logits", *_names("present", layers)],
                 opset_version=OPSET,
                 dynamic_shapes=_free(len(past)),
@@ -61,8 +60,7 @@ def export_decoder(model: PreTrainedModel, path: Path, *, where: str) -> None:
             save_plain(program, aside)
 
 
-def _names(which: str, layers: Sequence[int]) -> list[str]:
-    stem = {"past": "past_key_values", "present": "present"}[which]
+def _names(stem: str, layers: Sequence[int]) -> list[str]:
     return [f"{stem}.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
 
 

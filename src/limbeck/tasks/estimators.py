@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.cache import cache_folder
 from limbeck.errors import MissingExtraError, RecipeError, SourceError
 from limbeck.progress import Progress
 from limbeck.recipe_teacher import EstimatorSpec
@@ -109,37 +107,6 @@ def save_estimator(model: Any, path: Path) -> None:
                                  zipfile.ZIP_DEFLATED)  # fmt: skip
             text = json.dumps(schema, indent=1)
             written.writestr(zipfile.ZipInfo("schema.json"), text, zipfile.ZIP_DEFLATED)
-
-
-def keep_given(model: Any) -> dict[str, Any]:
-    """The recipe's `teacher` for an estimator in memory: saved in the cache, by its content.
-
-    Who hands it over in Python trusts its types. Raises MissingExtraError, and SourceError where
-    skops cannot save it.
-    """
-    try:
-        import skops.io
-    except ImportError as error:
-        raise MissingExtraError.of("distill(teacher=...)", "tabular") from error
-    folder = cache_folder() / "estimators"
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{os.getpid()}.skops"
-    try:
-        save_estimator(model, aside)
-    except Exception as error:  # whatever its types' own code raises
-        raise SourceError(
-            "distill(teacher=...)", f"skops cannot save this {type(model).__name__}: "
-            f"{str(error)[:200] or repr(error)}", allowed="a scikit-learn estimator or the like",
-            fix="hand over the fitted estimator itself",
-        ) from error  # fmt: skip
-    sha256 = file_sha256(aside)
-    path = aside.rename(folder / f"{sha256[:16]}.skops")
-    return {
-        "estimator": {
-            "model": {"uri": str(path), "sha256": sha256},
-            "trusted": skops.io.get_untrusted_types(file=path),
-        }
-    }
 
 
 def is_estimator(folder: Path) -> bool:
