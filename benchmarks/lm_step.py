@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of one distillation step of a language model, side by side.
 
-    python benchmarks/lm_step.py [--quick] [--json FILE] [--precision fp32 bf16] [--variants ...]
+    python benchmarks/lm_step.py [--quick] [--device cuda] [--json FILE] [--precision fp32 bf16]
+                                 [--variants ...]
 
 A teacher of SmolLM2-135M's shape, a student of 38 M, V = 49,152, random weights in fp32 (bf16 is
 autocast); 4 x 256 random tokens a step, of which 4 x 192 count, the same for all. --quick: 31 and
@@ -9,6 +10,9 @@ measured, from one optimizer step's end to the next one's, so data, clipping and
 it, gradient checkpointing is nowhere. Seconds are the process's own (`--clock wall` for those on
 the wall): neighbours do not count. Memory is the kernel's high-water mark of the training, models
 and optimizer included, above what was resident when everything had been imported.
+
+`--device cuda`: a teacher of SmolLM2-1.7B's shape, a student of SmolLM2-360M's, 16 x 1,024 tokens,
+of which 16 x 768 count; seconds on the wall, and memory what torch took of the card at most.
 
 `ours ...` is `limbeck.train` itself: signals that were stored before by another process (sampled,
 24 ids, the default; or top-64), or a live teacher; `+ labels` with the hard labels' term beside it,
@@ -55,7 +59,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS])
-    parser.add_argument("--clock", default="cpu", choices=["wall", "cpu"])
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu, on a GPU wall")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS, help="measured, after two")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -65,9 +70,11 @@ def main() -> None:
 
         run(json.loads(options.worker))
         return
+    options.clock = options.clock or ("cpu" if options.device == "cpu" else "wall")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="lm-step-") as name:
-        case = {"quick": options.quick, "warm": WARM, "steps": options.steps, "stores": name}
+        case = {"quick": options.quick, "device": options.device, "warm": WARM,
+                "steps": options.steps, "stores": name}  # fmt: skip
         for codec in sorted({OURS.get(variant, "") for variant in options.variants} - {""}):
             work(case | {"variant": "capture", "codec": codec, "precision": "fp32"})
         for precision in options.precision:
@@ -90,7 +97,8 @@ def compare(case: dict[str, Any], options: argparse.Namespace) -> list[dict[str,
     best = {v: min(runs, key=lambda r: statistics.median(r["cpu"])) for v, runs in found.items()}
     seconds = {v: statistics.median(run[options.clock]) for v, run in best.items()}
     mib = {v: run["mib"] for v, run in best.items()}
-    setting = f"{case['precision']}, {'small' if case['quick'] else 'real'}, {options.clock} clock"
+    size = "small" if case["quick"] else "real"
+    setting = f"{case['device']}, {case['precision']}, {size}, {options.clock} clock"
     base = seconds.get("plain loop")
     load = "/".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"\n{setting}; load {load}\n  {'':<26}{'s/step':>8}{'min':>7}{'max':>7}{'tokens/s':>10}"
@@ -124,6 +132,7 @@ def work(case: dict[str, Any]) -> dict[str, Any]:
     environment = {
         **os.environ, "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__, "--worker", json.dumps(case)],

@@ -26,9 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROWS, LENGTH, PROMPT = 4, 256, 64
+_SIZES = {  # rows of a step, tokens of a row, of which the first do not count
+    "cpu": (4, 256, 64), "cuda": (16, 1024, 256),
+}  # fmt: skip
 _BIG = {"vocab": 49_152, "teacher": (576, 1536, 30, 9, 3), "student": (384, 1024, 12, 6, 3)}
 _SMALL = {"vocab": 8_192, "teacher": (512, 1280, 10, 8, 4), "student": (256, 704, 7, 4, 2)}
+_GPU = {"vocab": 49_152, "teacher": (2048, 8192, 24, 32, 32), "student": (960, 2560, 32, 15, 5)}
 _RATE, _CLIP = 1e-4, 1.0
 
 
@@ -47,26 +50,32 @@ def run(case: dict[str, Any]) -> None:
         path = PATHS[variant]
         IMPORTS.get(variant, lambda: None)()
         before = status("VmRSS")
-        clock = Clock(case["warm"], case["steps"])
+        clock = Clock(case["warm"], case["steps"], case["device"])
         losses = path(case, clock)
     except (ImportError, MissingError) as error:
         print(json.dumps({"missing": f"not here ({error})"}))
         return
-    found = clock.found(before) | {"tokens": ROWS * LENGTH}
+    rows, length, _ = sizes_of(case)
+    found = clock.found(before) | {"tokens": rows * length}
     print(json.dumps(found | {"loss": [round(float(one), 5) for one in losses[:3]]}))
 
 
 class Clock:
-    """Times at the ends of steps; memory from the training's start on."""
+    """Times at the ends of steps; memory from the training's start on, on a GPU what torch took."""
 
-    def __init__(self, warm: int, steps: int) -> None:
-        self.warm, self.total = warm, warm + steps
+    def __init__(self, warm: int, steps: int, device: str = "cpu") -> None:
+        self.warm, self.total, self.device = warm, warm + steps, device
         self.ends: list[tuple[float, float]] = []
 
     def start(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
 
     def end(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def found(self, before: int) -> dict[str, Any]:
@@ -74,7 +83,8 @@ class Clock:
         pairs = [*itertools.pairwise(measured)]
         return {
             "wall": [b[0] - a[0] for a, b in pairs], "cpu": [b[1] - a[1] for a, b in pairs],
-            "mib": (status("VmHWM") - before) / 1024,
+            "mib": torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda"
+            else (status("VmHWM") - before) / 1024,
         }  # fmt: skip
 
 
@@ -85,7 +95,7 @@ def status(name: str) -> int:
 
 
 def model_of(case: dict[str, Any], which: str) -> LlamaForCausalLM:
-    sizes = _SMALL if case["quick"] else _BIG
+    sizes = shapes_of(case)
     hidden, ffn, layers, heads, groups = sizes[which]  # type: ignore[misc]
     torch.manual_seed(0 if which == "teacher" else 1)
     config = LlamaConfig(
@@ -94,23 +104,32 @@ def model_of(case: dict[str, Any], which: str) -> LlamaForCausalLM:
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         max_position_embeddings=2048,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    with torch.device(case["device"]):
+        return LlamaForCausalLM(config)
+
+
+def shapes_of(case: dict[str, Any]) -> dict[str, Any]:
+    return _SMALL if case["quick"] else _GPU if case["device"] == "cuda" else _BIG
+
+
+def sizes_of(case: dict[str, Any]) -> tuple[int, int, int]:
+    return _SIZES["cpu" if case["quick"] else case["device"]]
 
 
 def tokens_of(case: dict[str, Any]) -> Tensor:
-    """(steps x 4, 256): all steps' rows, in the order that they are learnt in."""
-    random = torch.Generator().manual_seed(2)
-    vocab: Any = (_SMALL if case["quick"] else _BIG)["vocab"]
-    return torch.randint(3, vocab, ((case["warm"] + case["steps"]) * ROWS, LENGTH),
-                         generator=random)  # fmt: skip
+    """(steps x rows, length): all steps' rows, in the order that they are learnt in."""
+    random, (rows, length, _) = torch.Generator().manual_seed(2), sizes_of(case)
+    shape = ((case["warm"] + case["steps"]) * rows, length)
+    return torch.randint(3, shapes_of(case)["vocab"], shape, generator=random)
 
 
 def batches(case: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, labels), (4, 256) each; -100 where a token does not count."""
-    for ids in tokens_of(case).split(ROWS):
+    """(ids, labels), (rows, length) each; -100 where a token does not count."""
+    rows, _, prompt = sizes_of(case)
+    for ids in tokens_of(case).split(rows):
         labels = ids.clone()
-        labels[:, :PROMPT] = -100
-        yield ids, labels
+        labels[:, :prompt] = -100
+        yield ids.to(case["device"]), labels.to(case["device"])
 
 
 # -- ours ---------------------------------------------------------------------------------------
@@ -122,8 +141,9 @@ def rows_of(case: dict[str, Any]) -> Any:
     from limbeck.tasks.causal_rows import Rows
 
     tokens = tokens_of(case).numpy().astype(np.int32)
-    counted = np.ones(LENGTH, bool)
-    counted[:PROMPT] = False
+    _, length, prompt = sizes_of(case)
+    counted = np.ones(length, bool)
+    counted[:prompt] = False
     n = len(tokens)
     return Rows(
         ids=np.arange(n), tokens=tuple(tokens), counted=(counted,) * n,
@@ -145,7 +165,7 @@ def capture(case: dict[str, Any]) -> None:
     codec = Sampled(24) if case["codec"] == "sampled" else TopK(64)
     teacher = LiveTeacher(model_of(case, "teacher"), "benchmark")
     captured(teacher, rows_of(case), {store_of(case): codec}, made_from={}, progress=Silent(),
-             batch_size=ROWS)  # fmt: skip
+             batch_size=4)  # fmt: skip
 
 
 def import_ours() -> None:
@@ -176,7 +196,9 @@ def ours(case: dict[str, Any], clock: Clock) -> list[float]:
     training = Training(
         rows=rows_of(case), teacher=teacher,
         objective=Objective(soft_weight=soft, hard_weight=hard),
-        spec=TrainingSpec(epochs=1, batch_size=ROWS, learning_rate=_RATE, precision=precision),
+        spec=TrainingSpec(
+            epochs=1, batch_size=sizes_of(case)[0], learning_rate=_RATE, precision=precision
+        ),
         seed=0, title="", looks=0,
     )  # fmt: skip
     losses: list[float] = []
@@ -217,7 +239,7 @@ def plain(
     losses = []
     clock.start()
     for ids, labels in batches(case):
-        with torch.autocast("cpu", torch.bfloat16, enabled=case["precision"] == "bf16"):
+        with torch.autocast(case["device"], torch.bfloat16, enabled=case["precision"] == "bf16"):
             loss = loss_of(student, teacher, ids, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(student.parameters(), _CLIP)
@@ -279,8 +301,9 @@ def liger(case: dict[str, Any], clock: Clock) -> list[float]:
 
 def arguments(case: dict[str, Any], folder: str) -> dict[str, Any]:
     return {
-        "output_dir": folder, "per_device_train_batch_size": ROWS, "learning_rate": _RATE,
-        "max_steps": case["warm"] + case["steps"], "use_cpu": True, "report_to": [],
+        "output_dir": folder, "per_device_train_batch_size": sizes_of(case)[0],
+        "learning_rate": _RATE, "max_steps": case["warm"] + case["steps"],
+        "use_cpu": case["device"] == "cpu", "report_to": [],
         "bf16": case["precision"] == "bf16", "gradient_checkpointing": False,
         "save_strategy": "no", "logging_steps": 1, "optim": "adamw_torch_fused",
         "max_grad_norm": _CLIP, "lr_scheduler_type": "constant", "disable_tqdm": True,
@@ -311,7 +334,7 @@ def tokenizer_of(case: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab: Any = (_SMALL if case["quick"] else _BIG)["vocab"]
+    vocab: Any = shapes_of(case)["vocab"]
     words = {word(i): i for i in range(vocab)}
     backend = Tokenizer(models.WordLevel(words, unk_token=word(0)))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -327,11 +350,14 @@ def dataset_of(case: dict[str, Any]) -> Any:
     return Dataset.from_dict({"input_ids": tokens_of(case).tolist()})
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    labels = ids.clone()
-    labels[:, :PROMPT] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def collator_of(case: dict[str, Any]) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        labels = ids.clone()
+        labels[:, : sizes_of(case)[2]] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    return collate
 
 
 def gkd(case: dict[str, Any], clock: Clock) -> list[float]:
@@ -341,7 +367,7 @@ def gkd(case: dict[str, Any], clock: Clock) -> list[float]:
         trainer = GKDTrainer(
             model=model_of(case, "student"), teacher_model=model_of(case, "teacher"),
             args=GKDConfig(lmbda=0.0, beta=0.0, seq_kd=False, **arguments(case, folder)),
-            data_collator=collate, train_dataset=dataset_of(case),
+            data_collator=collator_of(case), train_dataset=dataset_of(case),
             processing_class=tokenizer_of(case),
         )  # fmt: skip
         return trained(trainer, clock)
@@ -352,9 +378,10 @@ def distillation(case: dict[str, Any], clock: Clock) -> list[float]:
     from trl import DistillationConfig, DistillationTrainer
 
     tokens = tokens_of(case).tolist()
-    prompts = [" ".join(map(word, row[:PROMPT])) for row in tokens]
-    completions = {tuple(row[:PROMPT]): row[PROMPT:] for row in tokens}
-    length = LENGTH - PROMPT
+    _, whole, prompt = sizes_of(case)
+    prompts = [" ".join(map(word, row[:prompt])) for row in tokens]
+    completions = {tuple(row[:prompt]): row[prompt:] for row in tokens}
+    length = whole - prompt
 
     class Replay(DistillationTrainer):  # type: ignore[misc]
         def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
@@ -383,7 +410,7 @@ def modelopt(case: dict[str, Any], clock: Clock) -> list[float]:
         trainer = KDTrainer(
             model=model_of(case, "student"),
             args=TrainingArguments(remove_unused_columns=False, **arguments(case, folder)),
-            data_collator=collate, train_dataset=dataset_of(case),
+            data_collator=collator_of(case), train_dataset=dataset_of(case),
             distill_args={"teacher_model": model_of(case, "teacher"), "distill": True},
         )  # fmt: skip
         return trained(trainer, clock)

@@ -188,7 +188,7 @@ def test_it_is_chosen_by_size(monkeypatch, tmp_path):
 
     small = run()
     assert not said, "61 classes: all logits at once are no burden"
-    monkeypatch.setattr(step, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(step, "CHUNK_BYTES", {"cpu": 1000})
     large = run()
     assert len(said) == 1 and "fused" in said[0]
     assert "forward" not in vars(large.lm_head), "the model is as it was"

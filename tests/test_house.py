@@ -14,7 +14,7 @@ LAYERS = (
     {"errors"},
     {
         "recipe", "recipe_data", "recipe_task", "recipe_checks", "recipe_teacher",
-        "recipe_teaching", "types", "progress", "_startup", "cores", "ranks", "losses",
+        "recipe_teaching", "types", "progress", "_startup", "cores", "device", "ranks", "losses",
     },
     {"recipe_file"},
     {"run"},

@@ -26,7 +26,7 @@ from losses_oracle import (
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
     if request.param == "many chunks":
-        monkeypatch.setattr(sparse, "rows_per_chunk", lambda classes: 3)
+        monkeypatch.setattr(sparse, "rows_per_chunk", lambda *_: 3)
 
 
 def top_k(teacher, k, temperature=1.0):
@@ -200,7 +200,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["top-k", "sampled"])
 def test_no_second_tensor_of_the_logits_size_but_the_gradient(kind, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK_BYTES", 16 * 4 * 100)
+    monkeypatch.setattr(sparse, "CHUNK_BYTES", {"cpu": 16 * 4 * 100})
     student = randn(64, 100).requires_grad_()
     ids, probs, tail = top_k(randn(64, 100, seed=1), 4)
     with Sizes() as forward:

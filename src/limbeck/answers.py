@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from limbeck.causal import load_causal
 from limbeck.cores import on_each
+from limbeck.device import compute_device, on_device, rows_at_once
 from limbeck.gguf_source import read_gguf_model
 from limbeck.heads import tap_head
 from limbeck.losses.fused import Head
@@ -52,7 +53,7 @@ class Answers:
         return self.said.shape[1] if self.head is None else len(self.head.weight)
 
     def chunks(self) -> Iterator[slice]:
-        size = rows_per_chunk(self.vocab_size)
+        size = rows_per_chunk(self.vocab_size, self.said.device.type)
         return (slice(start, start + size) for start in range(0, len(self.said), size))
 
 
@@ -96,25 +97,28 @@ class Asker:
 @torch.inference_mode()
 def answers(model: nn.Module, rows: Rows, told: Callable[[int], object]) -> Answers:
     """Of every counted position, in the rows' order; a share of the rows on each core."""
-    tap = tap_head(model, rows.batch([0]))
+    device = compute_device()
+    model.to(device)
+    tap = tap_head(model, rows.batch([0]).to(device))
     tapped = None if isinstance(tap, str) else tap
 
     @torch.inference_mode()
     def look(at: range) -> tuple[Tensor, Tensor, Tensor]:
-        batch = rows.batch(at)
+        batch = rows.batch(at).to(device)
         if tapped is None:
             said = model(**batch.inputs).logits
         else:
             with tapped.open() as found:
                 model(**batch.inputs)
             ((said, _),) = found
-        return rows.documents_at(at)[batch.mask], batch.labels[batch.mask], said[batch.mask]
+        documents = rows.documents_at(at)[batch.mask.cpu()]
+        return documents, batch.labels[batch.mask], said[batch.mask]
 
-    size = rows.num_together
+    size = rows_at_once(rows.num_together)
     parts = []
     for start, part in zip(
         range(0, len(rows), size),
-        on_each(look, (range(s, min(s + size, len(rows))) for s in range(0, len(rows), size))),
+        on_device(look, (range(s, min(s + size, len(rows))) for s in range(0, len(rows), size))),
         strict=True,
     ):
         parts.append(part)
@@ -153,8 +157,8 @@ def score(mine: Answers, theirs: Answers | None = None) -> DocumentScores:
 
     @torch.inference_mode()
     def look(rows: slice) -> tuple[Tensor, ...]:
-        other = None if theirs is None else theirs.logits(rows)
+        other = None if theirs is None else theirs.logits(rows).to(mine.labels.device)
         found = token_scores(mine.logits(rows), mine.labels[rows], other, shared_ids=shared)
         return (mine.documents[rows], *found)
 
-    return summed([*on_each(look, mine.chunks())])
+    return summed([*on_device(look, mine.chunks())])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from limbeck.device import compute_device
 from limbeck.errors import DataError
 from limbeck.losses.crosstokenizer import align_spans, span_starts
 from limbeck.tasks.causal_rows import Rows
@@ -47,6 +48,7 @@ class CrossTokenizerTeacher:
     ) -> None:  # fmt: skip
         """`rows` are the student's. Those whose text its tokenizer does not give back count for the
         hard labels alone: `left_out` documents. Raises DataError where none is left."""
+        model.to(compute_device())
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         context = getattr(model.config, "max_position_embeddings", None)
         pair = _Pair(students, tokenizer, context)

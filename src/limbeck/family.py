@@ -136,6 +136,17 @@ class Family:
         family.sizes = {name: Size(name, Shape({}, ()), model, places)}
         return family
 
+    @torch.no_grad()
+    def to(self, device: torch.device) -> None:
+        """The weights and every size's model, in place; the models' parameters stay views."""
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+        for size in self.sizes.values():
+            size.model.to(device)
+            for name, parameter in size.model.named_parameters():
+                place = size.places.get(name)  # none where it does not learn
+                if place is not None and place.is_view:
+                    parameter.data = place.of(self.weights[place.shared])
+
     def _adopt(self, size: Size) -> None:
         """Puts views of the shared weights in place of the model's own parameters."""
         new: dict[int, nn.Parameter] = {}

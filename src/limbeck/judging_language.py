@@ -77,6 +77,6 @@ def _pairs(one: Answers, asked: Asked, rows: Any) -> Iterator[tuple[Tensor, Tens
     decoder, start = open_decoder(asked.path), 0
     for at in range(len(rows)):
         said = said_of(decoder, rows, at, steps=_STEPS)
-        yield one.logits(slice(start, start + len(said))), said
+        yield one.logits(slice(start, start + len(said))).cpu(), said
         start += len(said)
     assert start == len(one.said)

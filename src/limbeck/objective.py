@@ -182,7 +182,7 @@ class Objective:
         if found is None:
             assert teacher.logits is not None, "the teacher was asked for logits and gave none"
             found = DenseTargets(logits=teacher.logits.detach()[batch.mask])
-        return fit(found).at
+        return fit(found.to(batch.mask.device)).at
 
     def _fit(
         self, student: Signal

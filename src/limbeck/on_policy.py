@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from limbeck.cores import on_each
+from limbeck.device import on_device
 from limbeck.errors import RecipeError
 from limbeck.generating import Completions, Sampling, completion_batch, end_ids, generate
 from limbeck.objective import Objective
@@ -164,7 +164,7 @@ class Writer:
         ended = torch.zeros(count, dtype=torch.int64)
         self.model.eval()
         try:
-            for group, found in zip(mine, on_each(write, mine), strict=True):
+            for group, found in zip(mine, on_device(write, mine), strict=True):
                 for i, said, over in zip(group, found.tokens, found.ended, strict=True):
                     tokens[i, : len(said)] = torch.from_numpy(said)
                     lengths[i], ended[i] = len(said), int(over)

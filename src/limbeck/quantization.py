@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from limbeck.cores import on_each
+from limbeck.device import on_device
 from limbeck.recipe_teaching import QuantizationAwareSpec
 
 BLOCK = 32  # neighbours in a row that share a scale
@@ -80,7 +80,7 @@ class Rounding:
             yield
             return
         own = [parameter.detach().clone() for parameter, _ in self.kinds]
-        self._put([*on_each(_of_pair, self.kinds)])
+        self._put([*on_device(_of_pair, self.kinds)])
         try:
             yield
         finally:

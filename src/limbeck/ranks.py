@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from limbeck.device import compute_device
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -30,9 +32,11 @@ class Ranks:
         if self.world == 1 or not tensors:
             return
         # one message for each type: a message a tensor costs a round trip each
+        on_gpus = torch.distributed.get_backend() == "nccl"
         for dtype in {t.dtype: 0 for t in tensors}:
             same = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.flatten() for t in same])
+            where = compute_device() if on_gpus else same[0].device
+            flat = torch.cat([t.flatten().to(where) for t in same])
             torch.distributed.all_reduce(flat)
             for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -55,7 +59,10 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().world > 1:
         yield ranks()
         return
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = compute_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield ranks()
     finally:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from limbeck._startup import prepare_torch
 from limbeck.architecture.plan import plan_student
 from limbeck.architecture.space import Candidate, shape_of
+from limbeck.device import compute_device
 from limbeck.elastic import Sampling
 from limbeck.errors import RecipeError, RunFolderError
 from limbeck.family import Family
@@ -215,7 +216,8 @@ def look(
     with progress.bar("frontier", len(tried), "shapes") as bar:
         for candidate in tried:
             shape = shape_of(candidate, planner.axes, planner.layers_of)
-            loss, accuracy = loss_and_accuracy(rows, cut_or_extract(whole, shape, settle))
+            model = cut_or_extract(whole, shape, settle).to(compute_device())
+            loss, accuracy = loss_and_accuracy(rows, model)
             found.append(
                 {
                     "name": whole.size_of(shape), "shape": asdict(shape),
@@ -227,7 +229,7 @@ def look(
     if is_estimator(places.teacher):
         loss, accuracy = loss_and_accuracy(rows, black_box(places.teacher))
     else:
-        teacher = task.load(places.teacher, where="teacher").eval()
+        teacher = task.load(places.teacher, where="teacher").eval().to(compute_device())
         loss, accuracy = loss_and_accuracy(rows, teacher)
     theirs = {"accuracy": accuracy, "loss": loss, "n": len(rows)}
     write_json(folder / FRONTIER, {"teacher": theirs, "shapes": found})

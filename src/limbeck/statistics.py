@@ -50,12 +50,13 @@ def measure_statistics(model: nn.Module, rows: Rows, *, seed: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
         norm.train()
+    device = next(model.parameters()).device
     total = len(rows) * rows.num_views
     at = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_ROWS].tolist()
     for start in range(0, len(at), _BATCH):
         if start and len(at) - start < _BATCH:  # a remnant would count as much as the others
             break
-        model(**rows.batch(at[start : start + _BATCH]).inputs)
+        model(**rows.batch(at[start : start + _BATCH]).to(device).inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

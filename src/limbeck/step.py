@@ -15,7 +15,8 @@ from torch.nn.functional import cosine_similarity
 
 from limbeck._startup import prepare_torch
 from limbeck.balance import Balance, Uncertainty, UPGrad, calibrated
-from limbeck.cores import on_each, shares
+from limbeck.cores import shares
+from limbeck.device import on_device
 from limbeck.errors import RecipeError
 from limbeck.heads import Tap, tap_head
 from limbeck.losses.sparse import CHUNK_BYTES
@@ -135,7 +136,7 @@ class Step:
             most, on_cores = most or GHOST, False
         least = self.training.rows.num_together
         parts = shares(len(at), most, on_cores=on_cores, least=least)
-        return [batch(at[part.start : part.stop]).to(self.device) for part in parts]
+        return [batch(at[part.start : part.stop]) for part in parts]
 
     def __call__(self, step: int, *, look: bool) -> Found:
         """With `look` the terms' gradients are held against each other too: a backward for each."""
@@ -150,7 +151,7 @@ class Step:
         gradient = _Sum(self.parameters)
         by_term = {name: _Sum(self.parameters) for name in lesson.objective.weights}
         terms: dict[str, Tensor] = {}
-        for part in on_each(share, batches):
+        for part in on_device(share, batches):
             gradient.add(part.gradient, adopt=True)
             for name, gradients in part.by_term.items():
                 by_term[name].add(gradients)
@@ -185,6 +186,7 @@ class Step:
     ) -> _Part:  # fmt: skip
         """What one share of a step adds."""
         objective, balance = lesson.objective, self.balance
+        counted, batch = int(batch.mask.sum()), batch.to(self.device)
         target = lesson.teacher.signal(batch, objective.needs)
         output = self.observe(batch, objective.needs | {Need.LOGITS})
         apart = separate or type(balance) is not Balance or bool(balance.factors)
@@ -198,7 +200,7 @@ class Step:
                 )
         gradient: Sequence[Tensor | None] = ()
         if not balance.separate:
-            share = int(batch.mask.sum()) / int(counts["hard" if "hard" in counts else "soft"])
+            share = counted / int(counts["hard" if "hard" in counts else "soft"])
             loss = balance.total(parts, share)
             gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         values = {name: part.detach() for name, part in parts.items()}
@@ -287,7 +289,8 @@ def start_head(step_of: Step) -> str | None:
         return None
     positions, classes = int(step_of.batches(0)[0].mask.sum()), len(found.layer.weight)  # type: ignore[arg-type]
     size = 4 * positions * classes
-    if asked == "auto" and size <= 2 * CHUNK_BYTES:
+    chunk = CHUNK_BYTES[step_of.device.type]
+    if asked == "auto" and size <= 2 * chunk:
         found.remove()
         return None
     step_of.observe.tap = found
@@ -298,7 +301,7 @@ def start_head(step_of: Step) -> str | None:
             teacher.leave_head(training.rows.batch([0]).to(step_of.device))
     return (
         f"fused loss: {positions:,} positions x {classes:,} classes in chunks of "
-        f"{CHUNK_BYTES >> 20} MiB, where logits would take {size >> 20:,} MiB"
+        f"{chunk >> 20} MiB, where logits would take {size >> 20:,} MiB"
     )
 
 

@@ -17,8 +17,8 @@ from limbeck._startup import prepare_torch
 from limbeck.architecture.axes import Axis, axes_from_json
 from limbeck.architecture.cut import build_student, sort_units, student_config
 from limbeck.architecture.importance import load_importance
-from limbeck.cores import on_each
 from limbeck.cross_tokenizer import CrossTokenizerTeacher
+from limbeck.device import on_device, rows_at_once
 from limbeck.errors import RecipeError
 from limbeck.features import Feature
 from limbeck.layermap import layer_pairs, similarities
@@ -290,14 +290,17 @@ def choose_temperature(
 def loss_and_accuracy(rows: Rows, model: Callable[..., Any]) -> tuple[float, float]:
     """Mean cross-entropy with the labels, nats, and the share of right answers: of what counts."""
 
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
+
     @torch.inference_mode()
     def look(batch: Batch) -> tuple[float, int, int]:
+        batch = batch.to(torch.device(device))
         logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
         labels = batch.labels[batch.mask]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         return float(loss), int((logits.argmax(-1) == labels).sum()), len(labels)
 
-    found = on_each(look, rows.batches(rows.num_together))
+    found = on_device(look, rows.batches(rows_at_once(rows.num_together)))
     losses, right, counts = zip(*found, strict=True)
     return sum(losses) / sum(counts), sum(right) / sum(counts)
 

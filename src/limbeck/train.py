@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.balance import Balance
+from limbeck.device import compute_device, products_in
 from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
 from limbeck.family import Family, Size
@@ -68,6 +69,7 @@ def _train(
     family: Family, training: Training, folder: Path, progress: Progress, sampling: Sampling
 ) -> None:
     spec, objective = training.spec, training.objective
+    family.to(compute_device())
     one_size_only = (objective.features, training.quantization)  # a projector fits one width
     assert len(family.sizes) == 1 or not any(one_size_only)
     step_of = ElasticStep(family, training, sampling)
@@ -110,7 +112,7 @@ def _train(
         for step in range(first, training.steps):
             done = step + 1
             look = every > 0 and done % every == 0
-            with rounding.at(step):
+            with rounding.at(step), products_in(spec.precision):
                 found = step_of(step, look=look)
             clip(found.pieces, spec.max_grad_norm)
             factor = _schedule(step, training.steps, spec)
@@ -145,6 +147,7 @@ def _train(
         measure_statistics(size.model, training.rows, seed=training.seed)
     for one in step_of.steps.values():
         one.observe.close()
+    family.to(torch.device("cpu"))
     ranks.barrier()
     if ranks.first:
         checkpoint.remove()

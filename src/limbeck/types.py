@@ -79,6 +79,9 @@ class DenseTargets:
     def at(self, rows: slice | Tensor) -> DenseTargets:
         return DenseTargets(logits=self.logits[rows])
 
+    def to(self, device: torch.device) -> DenseTargets:
+        return DenseTargets(logits=self.logits.to(device))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseTargets:
@@ -106,6 +109,12 @@ class SparseTargets:
         return SparseTargets(
             kind=self.kind, ids=self.ids[rows], probs=self.probs[rows], tail=self.tail[rows],
             temperature=self.temperature,
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> SparseTargets:
+        return SparseTargets(
+            kind=self.kind, ids=self.ids.to(device), probs=self.probs.to(device),
+            tail=self.tail.to(device), temperature=self.temperature,
         )  # fmt: skip
 
 

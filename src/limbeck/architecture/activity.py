@@ -39,7 +39,7 @@ def mean_inputs(
         x = args[0].detach().float().abs()
         channel = 1 if isinstance(module, _CONVOLUTIONS) else x.dim() - 1
         places = [d for d in range(x.dim()) if d != channel]
-        sums[name] = sums.get(name, torch.zeros(())) + x.mean(places)
+        sums[name] = sums.get(name, 0) + x.mean(places)
 
     def hook(sums: dict[str, Tensor], name: str) -> RemovableHandle:
         return owners[name].register_forward_pre_hook(partial(noted, sums, name))
@@ -73,12 +73,12 @@ def influence(
     ) -> None:
         given = next(v for v in [*args, kwargs.get("hidden_states")] if isinstance(v, Tensor))
         made = output[0] if isinstance(output, tuple) else output
-        moved = torch.ones(())
+        moved = made.new_ones((), dtype=torch.float32)
         if given.shape == made.shape:
             dim = 1 if given.dim() == 4 else -1  # (B, C, H, W) or (B, T, D)
             cosine = nn.functional.cosine_similarity(given.float(), made.float(), dim=dim)
             moved = 1 - cosine.mean()
-        sums[name] = sums.get(name, torch.zeros(())) + moved
+        sums[name] = sums.get(name, 0) + moved
 
     def hook(sums: dict[str, Tensor], name: str) -> RemovableHandle:
         layer = model.get_submodule(name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from limbeck.architecture.activity import influence, mean_inputs, readers_of
 from limbeck.architecture.axes import Axis, Group, Member, find_axis
 from limbeck.architecture.resuming import Layers
-from limbeck.cores import on_each
+from limbeck.device import compute_device, on_device
 from limbeck.errors import RecipeError
 from limbeck.losses.divergence import cross_entropy
 from limbeck.progress import Bar, Progress
@@ -97,6 +97,9 @@ def importance(
     of_units = {"taylor": 3, "activation": 1, "magnitude": 0}[spec.units]
     of_layers = 1 + layers.size if layers and spec.layers == "leave-one-out" else bool(layers)
     bar_of = progress.bar("importance", len(batches) * (of_units + of_layers), "passes")
+    device = compute_device()
+    model.to(device)
+    batches = [batch.to(device) for batch in batches]
     with bar_of as bar, _computing_in(precision, model):
         units = _SCORES[spec.units](model, axes, batches, bar)
         if layers is None:
@@ -105,7 +108,8 @@ def importance(
             scores = influence(model, layers.pattern, layers.size, batches, bar)
         else:
             scores = _rises(model, layers, batches, bar)
-    return Importance(units, scores)
+    model.to("cpu")
+    return Importance({name: score.cpu() for name, score in units.items()}, scores.cpu())
 
 
 @contextmanager
@@ -123,20 +127,21 @@ def _computing_in(precision: str, model: nn.Module) -> Iterator[None]:
 
 def _rises(model: nn.Module, layers: Axis, batches: Sequence[Batch], bar: Bar) -> Tensor:
     opened = Layers(model, [layers.pattern.format(i) for i in range(layers.size)])
-    each = []
+    rises = []
     with opened.open():
-        for found in on_each(partial(opened.rises, partial(_loss, model)), batches):
-            each.append(found)
+        for found in on_device(partial(opened.rises, partial(_loss, model)), batches):
+            rises.append(found)
             bar.advance(1 + layers.size)
-    return torch.tensor(each, dtype=torch.float64).mean(0).float()
+    return torch.tensor(rises, dtype=torch.float64).mean(0).float()
 
 
 def _taylor(
     model: nn.Module, axes: Sequence[Axis], batches: Sequence[Batch], bar: Bar
 ) -> dict[str, Tensor]:
-    units = {group.name: torch.zeros(group.units) for axis in axes for group in axis.groups}
+    device = compute_device()
+    units = {g.name: torch.zeros(g.units, device=device) for a in axes for g in a.groups}
     parameters = dict(model.named_parameters())  # tied ones once, so each weight counts once
-    for gradients in on_each(partial(_gradients, model, parameters), batches):
+    for gradients in on_device(partial(_gradients, model, parameters), batches):
         _add_taylor(units, parameters, gradients, axes)  # per batch: sums are not scores
         bar.advance(3)
     return {name: score / len(batches) for name, score in units.items()}
@@ -176,7 +181,7 @@ def _of_members(
     group: Group, values: Mapping[str, Tensor], members: Sequence[Member]
 ) -> Tensor:
     """Sums over each unit's channels: (units,). What is tied counts once."""
-    total = torch.zeros(group.units)
+    total = torch.zeros(group.units, device=compute_device())
     for member in members:
         if member.parameter in values:
             value = values[member.parameter]
@@ -205,7 +210,7 @@ def _add_taylor(
 ) -> None:  # fmt: skip
     for axis in axes:
         for group in axis.groups:
-            total = torch.zeros(group.units)
+            total = torch.zeros(group.units, device=compute_device())
             for member in group.members:
                 gradient = gradients.get(member.parameter)
                 if gradient is None:
@@ -217,7 +222,7 @@ def _add_taylor(
 
 def _per_unit(channels: Tensor, member: Member, units: int) -> Tensor:
     """Sum of each unit's channels. (width,) -> (units,)."""
-    total, start = torch.zeros(units), 0
+    total, start = channels.new_zeros(units), 0
     for times in member.segments:
         width = units * member.block * times
         total += channels[start : start + width].view(units, -1).sum(1)

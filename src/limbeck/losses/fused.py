@@ -221,7 +221,7 @@ def _forward(
         for of, want in zip((hidden, weight, bias), run.wanted, strict=True)
     ]
     total = w.new_zeros(())
-    for rows in _chunks(weights, len(hidden), rows_per_chunk(len(w))):
+    for rows in _chunks(weights, len(hidden), rows_per_chunk(len(w), w.device.type)):
         h = at_least_fp32(hidden[rows]) * scale  # (c, D)
         chunk_total, part, g = _chunk(h, w, b, rows, weights, run)
         total += chunk_total

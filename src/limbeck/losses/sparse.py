@@ -21,14 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.losses.numerics import NEVER, at_least_fp32, tempered
 
-# What a loss may hold of (positions x V) fp32 at once. glibc hands every block above 32 MiB back
-# to the kernel, and its next use faults in each page again: a copy then took 9 times as long.
-CHUNK_BYTES = 24 << 20
+# What a loss may hold of (positions x V) fp32 at once, by the kind of device. CPU: glibc hands
+# every block above 32 MiB back to the kernel, and its next use faults in each page again: a copy
+# then took 9 times as long. GPU: enough that launches do not dominate.
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
 
-def rows_per_chunk(num_classes: int) -> int:
+def rows_per_chunk(num_classes: int, device: str = "cpu") -> int:
     """Positions whose fp32 logits fit `CHUNK_BYTES`; at least 16, so that a matmul stays one."""
-    return max(16, CHUNK_BYTES // (4 * num_classes))
+    return max(16, CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (4 * num_classes))
 
 
 def sparse_divergence(
@@ -84,7 +85,7 @@ def sampled_cross_entropy(
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    rows = rows_per_chunk(logits.shape[-1])
+    rows = rows_per_chunk(logits.shape[-1], logits.device.type)
     return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from limbeck.cores import on_each
+from limbeck.device import on_device, rows_at_once
 from limbeck.errors import DataError
 from limbeck.progress import Progress
 from limbeck.ranks import joined
@@ -52,6 +52,7 @@ def capture(
             "teacher", f"provides {', '.join(sorted(teacher.provides)) or 'nothing'}",
             allowed=", ".join(sorted(needs)), fix="choose another teacher, or store less of it",
         )  # fmt: skip
+    together = rows_at_once(batch_size)
     with joined() as ranks:
         with ExitStack() as opened:
             writers = [
@@ -69,10 +70,10 @@ def capture(
             done = total - sum(sizes[number] for number in left)
             with progress.bar("capture", total, "examples", done=done) as bar:
                 for number in left:
-                    starts = range(number * _SHARD, ends[number], batch_size)
-                    batches = (range(s, min(s + batch_size, ends[number])) for s in starts)
+                    starts = range(number * _SHARD, ends[number], together)
+                    batches = (range(s, min(s + together, ends[number])) for s in starts)
                     parts = []
-                    for part in on_each(ask, batches):
+                    for part in on_device(ask, batches):
                         parts.append(part)
                         bar.advance(len(part[0].example_ids))
                     for writer, own in zip(writers, zip(*parts, strict=True), strict=True):

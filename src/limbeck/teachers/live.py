@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from limbeck.device import compute_device
 from limbeck.heads import tap_head
 from limbeck.observe import Observer
 from limbeck.types import Batch, Need, Signal
@@ -22,6 +23,8 @@ class LiveTeacher:
         precision: str = "fp32",
     ) -> None:  # fmt: skip
         """`layers`: the hidden states that will be asked for, by number or path; none: all."""
+        self.device = compute_device()
+        model.to(self.device)
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self._observe = Observer(model, layers, precision=precision)
 
@@ -29,9 +32,9 @@ class LiveTeacher:
         """From now on logits are left to whoever wants them: a signal has the head and what it
         multiplies, where the model is found to have one on this batch."""
         if self._observe.tap is None:
-            found = tap_head(self.model, batch)
+            found = tap_head(self.model, batch.to(self.device))
             self._observe.tap = None if isinstance(found, str) else found
 
     @torch.inference_mode()
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:
-        return self._observe(batch, needs)
+        return self._observe(batch.to(self.device), needs)

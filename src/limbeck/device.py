@@ -1,0 +1,58 @@
+"""Where models compute: on a GPU where torch finds one, else on the CPU's cores.
+
+`CUDA_VISIBLE_DEVICES=` (empty) keeps a run on the CPU. Exported files are measured on the CPU
+whatever there is: that is what they are for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from limbeck.cores import on_each
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_ON_A_GPU = 16  # times as many rows at a time as a core is given
+
+
+def compute_device() -> torch.device:
+    """This process's: of several GPUs the one that torchrun's `LOCAL_RANK` names."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def on_device(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """`function` of every item in order: side by side on the CPU's cores; one after another on a
+    GPU, which each fills, and whose memory they would all take at once."""
+    if compute_device().type == "cpu":
+        yield from on_each(function, items)
+        return
+    for item in items:
+        yield function(item)
+
+
+def rows_at_once(num_together: int) -> int:
+    """How many rows a model is asked about at a time, where a core is given `num_together`."""
+    return num_together * (1 if compute_device().type == "cpu" else _ON_A_GPU)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """With bf16, a GPU may round what stays fp32 (a head's product, say) to TF32 as it multiplies:
+    three more bits than bf16 has, sums in fp32, and eight times fp32's speed on an H100."""
+    if precision != "bf16" or compute_device().type == "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
