@@ -1,17 +1,20 @@
-"""Learning from the student's own texts against learning from the data's, at equal processor time.
+"""Learning from the student's own texts against learning from the data's, at equal time.
 
-    python benchmarks/on_policy.py [--seeds 3] [--cpu-s 40] [--choose] [--quick] [--work DIR]
-                                   [--json FILE]
+    python benchmarks/on_policy.py [--seeds 5] [--cpu-s 60] [--jobs 2] [--choose] [--quick]
+                                   [--work DIR] [--json FILE]
 
-The task can be checked: sums of three two-digit numbers with the running totals, lowest digit
-first, `47+58+12=` -> `501,711`. A teacher of a third of a million parameters is taught it on
-60,000 sums. Its student has a tenth of that and 2,000 sums to learn from; it is cut from the
-teacher as `limbeck distill` does. All arms have the same start, rows, batch and processor time
-(this process', so that busy neighbours do not count): what a step of each costs is measured
-first, and what each training took in the end is printed. Accuracy is exact match of the last
-total, greedy, on 1,000 sums that neither has seen; a seed is an order of the rows and the draws.
+The task can be checked: chains of two to five two-digit numbers, added and taken away, with the
+running totals, lowest digit first and the sign last, `47+58-12=` -> `501,39` (reasoning-gym's
+`chain_sum`, spelt for a model that knows digits alone). A teacher of a third of a million
+parameters is taught it on 60,000 chains. Its student has a tenth of that and 2,000 chains to learn
+from; it is cut from the teacher as `limbeck distill` does. All arms have the same start, rows,
+batch and time: each training has one core for itself, what a step costs there is measured first,
+and what each training took in the end is printed. Accuracy is exact match of the last total,
+greedy, on 1,000 chains that neither has seen; a seed is an order of the rows and the draws.
 `--choose` tries the settings of each arm (`_TRIES`, as many for every arm but the one without a
-teacher) on 500 further sums with a seed of its own; what it chose is in `_CHOSEN`.
+teacher) on 500 further chains with a seed of its own; what it chose lies in DIR/chosen.json, where
+the next call takes it from, or else it is the first of each. `--jobs`
+trainings run side by side, each on its core, and neither of them on a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import random
 import shutil
 import statistics
@@ -47,7 +52,7 @@ from limbeck.tasks import task as tasks
 _BATCH = 32
 _END = 1
 _PLAIN = ("distill.soft_weight=1", "distill.hard_weight=0")
-_OWN = "distill.on_policy={{share: {}, max_new_tokens: 12, batches: 4, reuse: {}{}}}"
+_OWN = "distill.on_policy={{share: {}, max_new_tokens: 22, batches: 4, reuse: {}{}}}"
 _LR = "distill.training.learning_rate={}"
 _TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "hard labels": tuple((_LR.format(lr),) for lr in (2e-3, 5e-3, 1e-2)),
@@ -63,29 +68,31 @@ _TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
         )
     ),
 }  # fmt: skip
-_CHOSEN = {  # on 2026-11-24, at 30 s each
-    "hard labels": _TRIES["hard labels"][1],
-    "off-policy": _TRIES["off-policy"][4],
-    "on-policy": _TRIES["on-policy"][0],
-}
+_CHOICE = "chosen.json"
 _T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by number of seeds
 
 Pairs = list[tuple[str, str]]
 
 
-def sums(count: int, seed: int, but: Sequence[Pairs] = ()) -> Pairs:
+def chains(count: int, seed: int, but: Sequence[Pairs] = ()) -> Pairs:
     """Prompts and completions, none twice and none of `but`."""
     draw, found = random.Random(seed), []
     seen = {prompt for pairs in but for prompt, _ in pairs}
     while len(found) < count:
-        terms = [draw.randint(10, 99) for _ in range(3)]
-        prompt = "+".join(map(str, terms)) + "="
+        terms = [draw.randint(10, 99)]
+        terms += [draw.choice((1, -1)) * draw.randint(10, 99) for _ in range(draw.randint(1, 4))]
+        prompt = "".join(f"{term:+}" for term in terms)[1:] + "="
         if prompt in seen:
             continue
         seen.add(prompt)
-        totals = [sum(terms[:2]), sum(terms)]
-        found.append((prompt, ",".join(str(total)[::-1] for total in totals)))
+        totals = [sum(terms[:end]) for end in range(2, len(terms) + 1)]
+        found.append((prompt, ",".join(backwards(total) for total in totals)))
     return found
+
+
+def backwards(total: int) -> str:
+    """The digit that is known first is said first."""
+    return str(abs(total))[::-1] + ("-" if total < 0 else "")
 
 
 def write_rows(pairs: Pairs, path: Path) -> None:
@@ -95,7 +102,7 @@ def write_rows(pairs: Pairs, path: Path) -> None:
 
 def fresh(folder: Path) -> PreTrainedTokenizerFast:
     """A random teacher with one token for each sign."""
-    ids = {"<pad>": 0, "<end>": _END} | {sign: i + 2 for i, sign in enumerate("0123456789+=,")}
+    ids = {"<pad>": 0, "<end>": _END} | {sign: i + 2 for i, sign in enumerate("0123456789+-=,")}
     backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -115,8 +122,8 @@ def fresh(folder: Path) -> PreTrainedTokenizerFast:
 
 def recipe_of(rows: Path, model: Path, *, params: int, tune: dict[str, Any] | None) -> Recipe:
     return validate({
-        "name": "sums",
-        "task": {"kind": "language-modeling", "max_tokens": 32, "layout": "pad"},
+        "name": "chains",
+        "task": {"kind": "language-modeling", "max_tokens": 48, "layout": "pad"},
         "data": {"train": str(rows), "prompt": "prompt", "completion": "completion",
                  "validation_fraction": 0.05, "test_fraction": 0.05},
         "teacher": {"model": str(model), **({"tune": tune} if tune else {})},
@@ -161,47 +168,59 @@ def accuracy(folder: Path, pairs: Pairs) -> float:
     model = load_causal(folder, where=str(folder))
     tokenizer = load_tokenizer(folder, where=str(folder))
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    sampling = Sampling(max_new_tokens=12, sampling_temperature=0)
+    sampling = Sampling(max_new_tokens=22, sampling_temperature=0)
     said = generate(model, prompts, sampling, ends=(_END,), batch_size=250).tokens
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in said]
     right = [t.split(",")[-1] == a.split(",")[-1] for t, (_, a) in zip(texts, pairs, strict=True)]
     return sum(right) / len(right)
 
 
-class Arm:
-    """One way of teaching, whose trainings all take the same processor time."""
+def once(run: Path, name: str, changes: Sequence[str], steps: int, seed: int) -> tuple[Path, str]:
+    """A training's folder, and what it said."""
+    rows = json.loads((run / "data/data.json").read_text())["rows"]["train"]
+    epochs = f"distill.training.epochs={steps * _BATCH / rows}"
+    recipe, _ = load_recipe(run, (*changes, epochs))
+    recipe = recipe.model_copy(update={"seed": seed})
+    folder = run / f"arm-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    told = Told()
+    teaching.distil(
+        folder, recipe, recipe.students[0],
+        stages.read_plan(run / "students/student/plan").shape, stages.places_of(run),
+        told, taught=name != "hard labels",
+    )  # fmt: skip
+    return folder, told.last
 
-    def __init__(self, run: Path, name: str, changes: Sequence[str], cpu_s: float) -> None:
-        self.run, self.name, self.changes = run, name, changes
-        self.rows = json.loads((run / "data/data.json").read_text())["rows"]["train"]
-        few, many = (self.once(steps, 0, run / "pilot")[1] for steps in (40, 160))
-        self.steps = max(40, round(cpu_s / ((many - few) / 120)))
 
-    def once(self, steps: int, seed: int, folder: Path) -> tuple[str, float]:
-        """What the training said, and the seconds of this process that it took."""
-        epochs = f"distill.training.epochs={steps * _BATCH / self.rows}"
-        recipe, _ = load_recipe(self.run, (*self.changes, epochs))
-        recipe = recipe.model_copy(update={"seed": seed})
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        told, start = Told(), time.process_time()
-        teaching.distil(
-            folder, recipe, recipe.students[0],
-            stages.read_plan(self.run / "students/student/plan").shape, stages.places_of(self.run),
-            told, taught=self.name != "hard labels",
-        )  # fmt: skip
-        return told.last, time.process_time() - start
+def arm(job: tuple[Path, str, Sequence[str], float, int, Pairs]) -> tuple[float, int, float, str]:
+    """Accuracy, steps, seconds, what it said of its own texts; on this process' core."""
+    run, name, changes, seconds_given, seed, pairs = job
+    seconds = []
+    for steps in (40, 160):
+        start = time.perf_counter()
+        once(run, name, changes, steps, 0)
+        seconds.append(time.perf_counter() - start)
+    steps = max(40, round(seconds_given / ((seconds[1] - seconds[0]) / 120)))
+    start = time.perf_counter()
+    folder, said = once(run, name, changes, steps, seed)
+    took = time.perf_counter() - start
+    return accuracy(folder, pairs), steps, took, said
 
-    def __call__(self, seed: int, pairs: Pairs) -> tuple[float, float, str]:
-        folder = self.run / "arm"
-        said, seconds = self.once(self.steps, seed, folder)
-        return accuracy(folder, pairs), seconds, said
+
+def alone(numbers: Any) -> None:
+    """One core of those that this process may use, no GPU."""
+    disable_progress_bar()
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[numbers.get() % len(cores)]})
+    torch.set_num_threads(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, choices=sorted(_T_OF))
-    parser.add_argument("--cpu-s", type=float, default=40, help="of each training")
+    parser.add_argument("--seeds", type=int, default=5, choices=sorted(_T_OF))
+    parser.add_argument("--cpu-s", type=float, default=60, help="of each training")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--choose", action="store_true", help="try each arm's settings instead")
     parser.add_argument("--quick", action="store_true", help="a bad teacher, 3 s, 2 seeds")
     parser.add_argument("--work", type=Path, help="keeps the teacher there for the next time")
@@ -211,10 +230,10 @@ def main() -> None:
     seeds, cpu_s = (2, 3.0) if options.quick else (options.seeds, options.cpu_s)
     work = options.work or Path(tempfile.mkdtemp(prefix="limbeck-"))
     work.mkdir(parents=True, exist_ok=True)
-    asked, tried = sums(1000, 1), sums(500, 2)
-    theirs = sums(6000 if options.quick else 60_000, 3, [asked, tried])
-    ours = sums(2000, 4, [asked, tried])
-    teach(work / "teacher", 150 if options.quick else 2000, theirs)
+    asked, tried = chains(1000, 1), chains(500, 2)
+    theirs = chains(6000 if options.quick else 60_000, 3, [asked, tried])
+    ours = chains(2000, 4, [asked, tried])
+    teach(work / "teacher", 150 if options.quick else 4000, theirs)
     write_rows(ours, work / "rows.jsonl")
     run = work / "run"
     plain = recipe_of(work / "rows.jsonl", work / "teacher", params=33_000, tune=None)
@@ -222,21 +241,36 @@ def main() -> None:
     student = report.students[0]
     print(f"teacher: {report.teacher.params:,} parameters, {accuracy(work / 'teacher', asked):.1%} "
           f"right; student: {student.params:,}, {student.shape}", flush=True)  # fmt: skip
-    if options.choose:
-        for name, tries in _TRIES.items():
-            for changes in tries:
-                arm = Arm(run, name, changes, cpu_s)
-                right, seconds, _ = arm(100, tried)
-                print(f"{name:12} {right:6.1%}  {arm.steps:6,} steps  {seconds:5.1f} s  "
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the trainings' processes
+    context = multiprocessing.get_context("spawn")
+    numbers: Any = context.Queue()
+    for number in range(options.jobs):
+        numbers.put(number)
+    with context.Pool(options.jobs, initializer=alone, initargs=(numbers,)) as pool:
+        if options.choose:
+            jobs = [(run, n, c, cpu_s, 100, tried) for n, tries in _TRIES.items() for c in tries]
+            best: dict[str, tuple[float, Sequence[str]]] = {}
+            for (_, name, changes, *_), (right, steps, took, _) in zip(
+                jobs, pool.imap(arm, jobs), strict=True
+            ):
+                print(f"{name:12} {right:6.1%}  {steps:6,} steps  {took:5.1f} s  "
                       f"{', '.join(changes)}", flush=True)  # fmt: skip
-        return
-    arms = [Arm(run, name, changes, cpu_s) for name, changes in _CHOSEN.items()]
-    found: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for seed in range(seeds):
-        for arm in arms:
-            right, seconds, said = arm(seed, asked)
-            found[arm.name].append(right)
-            print(f"seed {seed}  {arm.name:12} {right:6.1%}  {arm.steps:6,} steps  {seconds:5.1f} s"
+                if right > best.get(name, (-1.0, ()))[0]:
+                    best[name] = (right, changes)
+            kept = {name: list(changes) for name, (_, changes) in best.items()}
+            (work / _CHOICE).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            return
+        chosen: dict[str, Sequence[str]] = {name: tries[0] for name, tries in _TRIES.items()}
+        if (work / _CHOICE).exists():
+            chosen = json.loads((work / _CHOICE).read_text(encoding="utf-8"))
+        jobs = [
+            (run, name, changes, cpu_s, seed, asked)
+            for seed in range(seeds) for name, changes in chosen.items()
+        ]  # fmt: skip
+        found: dict[str, list[float]] = {name: [] for name in chosen}
+        for job, (right, steps, took, said) in zip(jobs, pool.imap(arm, jobs), strict=True):
+            found[job[1]].append(right)
+            print(f"seed {job[4]}  {job[1]:12} {right:6.1%}  {steps:6,} steps  {took:5.1f} s"
                   f"  {said}", flush=True)  # fmt: skip
     base, rows = found["off-policy"], []
     print(f"\n{'':12} {'right':>7} {'over off-policy (95 %)':>26}")

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from limbeck import teaching
+from limbeck.device import compute_device
 from limbeck.progress import Silent
 from limbeck.recipe import Recipe
 from limbeck.stages import places_of, read_plan
@@ -47,7 +48,7 @@ class Kept:
 def accuracy_on_test(run: Path, recipe: Recipe, model: nn.Module) -> float:
     """Of the fp32 model, on all test rows; a fraction."""
     rows = open_task(recipe, run / "data").rows("test")
-    _, right = teaching.loss_and_accuracy(rows, model.eval())
+    _, right = teaching.loss_and_accuracy(rows, model.eval().to(compute_device()))
     return right
 
 

@@ -61,7 +61,7 @@ def taught(teacher, **changes):
     spec = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, **changes}
     return Training(
         rows=tiny_language.rows(24), teacher=teacher, spec=TrainingSpec(**spec), seed=0, title="x",
-        objective=Objective(soft_weight=0.5, hard_weight=0.5 if teacher.provides else 1.0),
+        objective=Objective(soft_weight=0.5 if teacher.provides else 0.0, hard_weight=0.5),
     )  # fmt: skip
 
 
@@ -140,7 +140,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     (tmp_path / "killed").mkdir()
     with pytest.raises(Killed):
         train(student(), taught(NoTeacher()), tmp_path / "killed", KillsAt(3))
-    alike(trained(student(), taught(NoTeacher()), tmp_path / "killed"), whole, tolerance=1e-6)
+    resumed = trained(student(), taught(NoTeacher()), tmp_path / "killed")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
 def test_own_texts_and_rounded_weights(tmp_path, on_cpu):
@@ -166,7 +167,7 @@ def test_the_fused_gradient_is_that_of_fp64(precision):
     teacher = 3 * torch.randn(300, 5000, device="cuda")
     found = {}
     for kind in (torch.float32, torch.float64):
-        h, w = (t.to(kind).requires_grad_() for t in (hidden, weight))
+        h, w = (t.to(kind).clone().requires_grad_() for t in (hidden, weight))
         with device.products_in(precision if kind == torch.float32 else "fp32"):
             loss = against_logits(forward_kl, teacher.to(kind))
             term = Term(loss=loss, weight=torch.full((300,), 1 / 300, device="cuda"))

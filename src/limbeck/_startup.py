@@ -6,6 +6,8 @@ import os
 # libgomp's threads spin at barriers: beside one other busy process every small op waits for a
 # whole time slice (9.4 s against 0.08 s for a loop of small ops).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# What cuBLAS asks for so that the same product gives the same bytes (`device.repeatable`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -7,6 +7,7 @@ whatever there is: that is what they are for.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -41,6 +42,28 @@ def on_device(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> I
 def rows_at_once(num_together: int) -> int:
     """How many rows a model is asked about at a time, where a core is given `num_together`."""
     return num_together * (1 if compute_device().type == "cpu" else _ON_A_GPU)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """A GPU adds in the same order each time, so that a killed run ends with the bytes of one that
+    was not. What has no such way (some backwards of attention) goes its own."""
+    if compute_device().type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic implementation")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -181,7 +181,8 @@ class Objective:
             return made
         if found is None:
             assert teacher.logits is not None, "the teacher was asked for logits and gave none"
-            found = DenseTargets(logits=teacher.logits.detach()[batch.mask])
+            theirs = teacher.logits.detach().to(batch.mask.device)
+            found = DenseTargets(logits=theirs[batch.mask])
         return fit(found.to(batch.mask.device)).at
 
     def _fit(

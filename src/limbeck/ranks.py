@@ -33,9 +33,9 @@ class Ranks:
             return
         # one message for each type: a message a tensor costs a round trip each
         on_gpus = torch.distributed.get_backend() == "nccl"
+        where = compute_device() if on_gpus else torch.device("cpu")
         for dtype in {t.dtype: 0 for t in tensors}:
             same = [t for t in tensors if t.dtype == dtype]
-            where = compute_device() if on_gpus else same[0].device
             flat = torch.cat([t.flatten().to(where) for t in same])
             torch.distributed.all_reduce(flat)
             for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
@@ -62,7 +62,9 @@ def joined() -> Iterator[Ranks]:
     device = compute_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    one_each = torch.cuda.device_count() >= here  # two on one GPU cannot speak by NCCL
+    torch.distributed.init_process_group("nccl" if one_each else "gloo")
     try:
         yield ranks()
     finally:

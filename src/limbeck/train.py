@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.balance import Balance
-from limbeck.device import compute_device, products_in
+from limbeck.device import compute_device, products_in, repeatable
 from limbeck.elastic import ElasticStep, FoundOfSizes, Sampling
 from limbeck.errors import RecipeError
 from limbeck.family import Family, Size
@@ -57,9 +57,10 @@ def train(
     """
     if isinstance(model, Family):
         assert training.spec.lora is None, "the recipe refused it"
-        _train(model, training, folder, progress, sampling or Sampling())
+        with repeatable():
+            _train(model, training, folder, progress, sampling or Sampling())
         return
-    with adapted(model, training.spec.lora, seed=training.seed) as said:
+    with adapted(model, training.spec.lora, seed=training.seed) as said, repeatable():
         if said is not None:
             progress.say(f"{training.title}: {said}")
         _train(Family.of_one(model), training, folder, progress, Sampling())
