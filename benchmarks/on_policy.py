@@ -52,7 +52,7 @@ from limbeck.tasks import task as tasks
 _BATCH = 32
 _END = 1
 _PLAIN = ("distill.soft_weight=1", "distill.hard_weight=0")
-_OWN = "distill.on_policy={{share: {}, max_new_tokens: 22, batches: 4, reuse: {}{}}}"
+_OWN = "distill.on_policy={{share: {}, after: {}, max_new_tokens: 22, batches: 4, reuse: 4{}}}"
 _LR = "distill.training.learning_rate={}"
 _TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "hard labels": tuple((_LR.format(lr),) for lr in (2e-3, 5e-3, 1e-2)),
@@ -61,10 +61,11 @@ _TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
         for t in (1, 2) for lr in (2e-3, 5e-3, 1e-2)
     ),
     "on-policy": tuple(
-        (*_PLAIN, "distill.temperature=1", _OWN.format(share, reuse, divergence), _LR.format(lr))
-        for share, reuse, divergence, lr in (
-            (0.5, 4, "", 5e-3), (0.5, 4, "", 1e-2), (0.5, 4, ", divergence: reverse_kl", 5e-3),
-            (0.25, 4, "", 5e-3), (0.9, 4, ", after: 0.2", 5e-3), (0.5, 2, "", 5e-3),
+        (*_PLAIN, f"distill.temperature={t}", _OWN.format(share, after, divergence), _LR.format(lr))
+        for t, share, after, divergence, lr in (
+            (2, 0.5, 0.3, "", 5e-3), (2, 0.25, 0.3, "", 5e-3), (2, 0.5, 0, "", 5e-3),
+            (2, 0.5, 0.3, ", divergence: reverse_kl", 5e-3), (2, 0.5, 0.3, "", 1e-2),
+            (1, 0.5, 0.3, "", 5e-3),
         )
     ),
 }  # fmt: skip
