@@ -25,7 +25,7 @@ _SEED = 0
 def axes_of(model: str, progress: Progress) -> tuple[Axis, ...]:
     """Each axis of the model, proved or with the reason why not.
 
-    Raises SourceError where it does not load, AxisError where it cannot be fed.
+    Raises SourceError where it does not load, AxisError where it cannot be fed or has none.
     """
     folder = fetch(Source(uri=model), where=model, kind="model").path
     if not folder.is_dir() or not (folder / "config.json").is_file():
@@ -43,6 +43,12 @@ def axes_of(model: str, progress: Progress) -> tuple[Axis, ...]:
     progress.say(f"finding the axes of a {type(loaded).__name__}")
     build = auto_class(loaded.config, where=model).from_config
     found = find_axes(loaded.config, build)
+    if not found:
+        raise AxisError(
+            model, f"the config of a {loaded.config.model_type} names no width, depth or table",
+            allowed="a model with some: timm builds its own from a name",
+            fix="cut students from another one: `base` in a recipe",
+        )  # fmt: skip
     progress.say(f"proving {len(found)} axes on its weights")
     inputs = example_inputs(loaded, loaded.config)
     axes = prove_axes(loaded, loaded.config, build, found, inputs, seed=_SEED)

@@ -13,6 +13,7 @@ _EXTRAS = {
     "compare": ("sklearn",),
     "meter": ("codecarbon",),
     "images": ("PIL",),
+    "timm": ("timm", "torchvision"),
     "tabular": ("sklearn", "skops", "pandas", "rdata"),
     "balance": ("torchjd", "qpsolvers", "quadprog"),
     "lm": ("gguf", "accelerate", "jinja2", "sacrebleu", "rouge_score"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import json
 from collections.abc import Mapping, Sequence
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,13 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from limbeck import nets  # its classes become known to transformers
-from limbeck.errors import RecipeError, SourceError
+from limbeck.errors import LimbeckError, MissingExtraError, RecipeError, SourceError
 
 _ALLOWED = "a folder with the config.json, model.safetensors and tokenizer.json of a text model"
 _CLASSIFIERS = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES  # by model_type
 _DECODERS = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 _ENCODERS = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+TIMM = "timm_wrapper"  # the model_type of whatever timm builds
 
 
 def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConfig:
@@ -35,6 +39,8 @@ def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConf
     if not (folder / "config.json").is_file():
         found = f"there is no config.json in {folder}" if folder.is_dir() else f"{folder} is a file"
         raise SourceError(where, found, allowed=allowed, fix="name a model's folder")
+    if _of_timm(folder / "config.json"):
+        require_timm(where)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture has its own
@@ -42,6 +48,8 @@ def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConf
             where, f"{folder}/config.json does not load: {_first_line(error)}", allowed=allowed,
             fix="mend it, or fetch the model again",
         ) from error  # fmt: skip
+    if config.model_type == TIMM and config.model_args:  # timm's number of labels
+        config.model_args = {n: v for n, v in config.model_args.items() if n != "num_classes"}
     if packed := getattr(config, "quantization_config", None):
         method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
         raise SourceError(
@@ -49,6 +57,31 @@ def read_any_config(folder: Path, *, where: str, allowed: str) -> PretrainedConf
             fix="name the model that they were made from, or dequantise and save it first",
         )  # fmt: skip
     return config
+
+
+def _of_timm(config: Path) -> bool:
+    """Whether this is a config of a timm model, as timm or as transformers writes it."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it next says what is wrong
+    if not isinstance(found, dict):
+        return False
+    return found.get("model_type", TIMM if "pretrained_cfg" in found else None) == TIMM
+
+
+def require_timm(where: str) -> None:
+    """Raises MissingExtraError without timm, SourceError where it does not import."""
+    if any(util.find_spec(name) is None for name in ("timm", "torchvision")):
+        raise MissingExtraError.of(f"{where}, a model of timm", "timm")
+    try:
+        importlib.import_module("timm.models")
+    except Exception as error:  # a torchvision of another torch has a RuntimeError
+        raise SourceError(
+            where, f"is a model of timm, which does not import: {_first_line(error)}",
+            allowed=f"timm beside a torchvision that was built for torch {torch.__version__}",
+            fix="install torchvision from where torch came from",
+        ) from error  # fmt: skip
 
 
 def read_config(folder: Path, *, where: str) -> PretrainedConfig:
@@ -86,6 +119,8 @@ def make_config(fields: Mapping[str, Any], *, where: str) -> PretrainedConfig:
     """
     rest = dict(fields)
     kind = rest.pop("model_type")
+    if kind == TIMM:
+        require_timm(where)
     try:
         config = AutoConfig.for_model(kind)
     except ValueError:
@@ -135,15 +170,20 @@ def load_as(
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError,
+    ) as error:  # ImportError: a name that timm does not know
         raise SourceError(
             where, f"{folder} does not load: {_first_line(error)}", allowed=allowed,
             fix="fetch or save the model again",
         ) from error  # fmt: skip
     # transformers only warns, and goes on with random weights
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    body = f"{model.base_model_prefix}."
-    lost = sorted(n for n in absent if n.startswith(body) and "pooler" not in n)
+    body, heads = f"{model.base_model_prefix}.", _heads_inside(model)
+    lost = sorted(
+        n for n in absent
+        if n.startswith(body) and "pooler" not in n and not n.startswith(heads)
+    )  # fmt: skip
     if lost:
         raise SourceError(
             where, f"{folder} lacks {len(lost)} weights that its config.json asks for: {lost[0]}",
@@ -154,9 +194,22 @@ def load_as(
     return loaded
 
 
+def _heads_inside(model: nn.Module) -> tuple[str, ...]:
+    """How the names of weights begin that are the head's and stand inside of the body: timm's."""
+    named = getattr(model, "timm_model", None)
+    if named is None:
+        return ()
+    found = named.get_classifier()
+    heads = found if isinstance(found, tuple | list) else (found,)
+    return tuple(f"{name}." for name, module in model.named_modules() if module in heads)
+
+
 def auto_class(config: PretrainedConfig, *, where: str) -> type[Any]:
     """The Auto class whose model config.architectures names. Raises SourceError for none."""
-    for name in config.architectures or ():
+    classes = [*(config.architectures or ())]
+    if not classes and config.model_type == TIMM:
+        classes = ["TimmWrapperForImageClassification"]  # timm writes none
+    for name in classes:
         for auto in vars(modeling_auto).values():
             mapping = getattr(auto, "_model_mapping", None)
             if mapping is None or not isinstance(auto, type):
@@ -181,10 +234,10 @@ def load_model(folder: Path, *, where: str) -> PreTrainedModel:
         config = read_any_config(folder, where=where, allowed=allowed)
         made = auto_class(config, where=where)
         model, report = made.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True,
+            folder, config=config, trust_remote_code=False, use_safetensors=True,
+            dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
-    except SourceError:
+    except LimbeckError:
         raise
     except Exception as error:  # each architecture has its own
         raise SourceError(
@@ -259,6 +312,8 @@ def label_config(config: PretrainedConfig, labels: Sequence[str]) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
+    if config.model_type == TIMM:
+        config.label_names = list(labels)  # it writes these and not id2label
 
 
 def build_classifier(config: PretrainedConfig) -> nn.Module:

@@ -108,9 +108,12 @@ def _tokens(config: PretrainedConfig, random: torch.Generator, _attempt: int) ->
 
 
 def _pixels(config: PretrainedConfig, random: torch.Generator, attempt: int) -> Tensor:
-    side = (named(config, "image_size") or [_SIDES[attempt]])[0]
+    of_timm = (named(config, "model_args") or [{}])[0]
+    sides = [*named(config, "image_size"), of_timm.get("img_size"), _SIDES[attempt]]
+    side = next(side for side in sides if side is not None)
     height, width = (side, side) if isinstance(side, int) else side
-    channels = ([*named(config, "num_channels"), *named(config, "in_channels")] or [3])[0]
+    channels = [*named(config, "num_channels"), *named(config, "in_channels")]
+    channels = (channels or [of_timm.get("in_chans", 3)])[0]
     return torch.randn(2, channels, height, width, generator=random)
 
 

@@ -238,7 +238,8 @@ def within_budget(
         raise RecipeError(
             where, f"no shape meets {_listed(asked)}",
             allowed=f"{smallest[0]:,} parameters or more, and {smallest[1]:.2f} MB or more",
-            fix="raise the budget",
+            fix="raise the budget" if len(space) > 1 else "raise the budget, or name another "
+            "model as recipe.base: nothing of this one can be cut",
         )  # fmt: skip
     return fits
 

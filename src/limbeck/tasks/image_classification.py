@@ -30,6 +30,7 @@ from limbeck.recipe import Recipe
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import replaced, write_json
 from limbeck.tasks.image_files import ImageTable, read_images
+from limbeck.tasks.image_models import head_labels, other_transform
 from limbeck.tasks.images import (
     PREPROCESSING,
     Unreadable,
@@ -161,10 +162,7 @@ class ImageClassification:
         models.label_config(config, self.labels)
 
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
-        config = models.read_any_config(folder, where=where, allowed=_ALLOWED)
-        if not any("ImageClassification" in name for name in config.architectures or ()):
-            return None
-        return tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
+        return head_labels(models.read_any_config(folder, where=where, allowed=_ALLOWED))
 
     def build(self, config: PretrainedConfig) -> nn.Module:
         model: nn.Module = AutoModelForImageClassification.from_config(
@@ -232,11 +230,13 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         recipe, table.labels, table.groups, None if test is None else test_table.labels
     )
     task = ImageClassification(tuple(labels), spec, recipe.seed)
+    said: list[str] = []
     if recipe.teacher.config is not None:
         models.make_config(recipe.teacher.config, where="recipe.teacher.config")
         _check_takes(task, model, "recipe.teacher.config")
     else:
         _check_takes(task, model, "recipe.teacher.model")
+        said = other_transform(model, spec)
         own = task.own_labels(model, where="recipe.teacher.model")
         if own is not None and sorted(own) == labels:
             labels = list(own)  # in the order that the head has learnt
@@ -259,7 +259,7 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         folder / "data.json",
         {
             "labels": labels, "rows": rows, "views": spec.augment.views if spec.augment else 1,
-            "warnings": found.warnings(len(hashes["train"] & hashes["test"])),
+            "warnings": [*said, *found.warnings(len(hashes["train"] & hashes["test"]))],
         },
     )  # fmt: skip
 
