@@ -29,6 +29,7 @@ from limbeck.report import (
     Stage,
     StudentEntry,
     TeacherEntry,
+    Texts,
     TrainingPoint,
     UnitImportance,
 )
@@ -75,7 +76,7 @@ def artifact_path(hf: Path, files: Path, format: str) -> Path:
 def assemble(
     run: Run, recipe: Recipe, data: Made, space: Made, teacher: Member,
     family: Mapping[str, Member], together: Made | None, frontier: Made | None,
-    linear: Made | None,
+    linear: Made | None, texts: Texts | None,
 ) -> Report:  # fmt: skip
     about, survey = data.json("data.json"), space.json("summary.json")
     curves = _curves(teacher, family, together)
@@ -94,6 +95,7 @@ def assemble(
         linear=_quality(linear),
         training=curves,
         labels=tuple(about["labels"]),
+        texts=texts,
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
         importance=recipe.importance.model_dump(),

@@ -20,6 +20,7 @@ from limbeck.report.tables import (
     stages_table,
 )
 from limbeck.report.wording import quality_text, shape_text, summary, verdicts
+from limbeck.report.writing import texts_table, texts_words
 
 REPEAT = "limbeck distill recipe.yaml --out ../again"
 
@@ -45,6 +46,9 @@ def markdown(report: Report) -> str:
         "## Budgets",
         _table(budgets_table(report)),
     ]
+    if report.texts:
+        about = f"{texts_words(report.texts)} report.html shows some of the texts."
+        parts += ["## What they write", _table(texts_table(report)), _plain(about)]
     sections = [
         ("Baselines", baselines_table(report)),
         ("Capabilities, the worst kept first", capabilities_table(report)),
