@@ -15,13 +15,14 @@ from limbeck.errors import MissingExtraError, RecipeError
 from limbeck.measure_language import chrf, rouge_l
 from limbeck.models import load_tokenizer
 from limbeck.progress import Silent
-from limbeck.recipe_file import load_recipe
+from limbeck.recipe_file import fingerprint, load_recipe
 from limbeck.report import markdown, page
+from limbeck.run import Made
 from limbeck.tasks.conversations import Encoder
 from limbeck.tasks.language_recipe import open_task
 from limbeck.tasks.prompts import prompt_of
 from limbeck.tasks.task import prepare
-from limbeck.trials import require_extras
+from limbeck.trials import Trials, require_extras
 from tiny_world import quickly
 
 GENERATE = {"rows": 9, "max_new_tokens": 12, "prompt_tokens": 6}
@@ -116,6 +117,22 @@ def test_the_second_run_does_nothing_and_other_prompts_measure_no_file_anew(done
         "prompts", "teacher/texts", "students/one/texts", "students/one/hard_labels/texts"
     }  # fmt: skip
     assert fewer.texts.scores["one"].chrf.n == 4
+
+
+def test_texts_depend_on_how_long_they_may_be_even_where_the_prompts_are_the_same(tmp_path):
+    class Recorder:
+        def stage(self, name, inputs, make):
+            self.inputs = fingerprint(inputs)
+            return Made(tmp_path, "same")
+
+    def of(most: int) -> str:
+        recipe, _ = load_recipe("smol", [f"measure.generate.max_new_tokens={most}"])
+        trials = Trials(Recorder(), recipe, Silent())
+        made = trials.prompts = Made(tmp_path, "same prompts")
+        trials.of("one", "students/one", made, made, "hf")
+        return trials.run.inputs
+
+    assert of(8) == of(8) != of(9)
 
 
 def test_scores_and_texts_are_on_the_page(done):

@@ -19,6 +19,8 @@ class Sources:
     train: Fetched
     test: Fetched | None
     base: Fetched | None = None
+    benchmarks: Fetched | None = None
+    """Tasks of the user's own."""
 
 
 def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
@@ -32,11 +34,14 @@ def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
 
     get = partial(fetch, base=base, progress=show)
     data, base_model = recipe.data, recipe.base.model if recipe.base else None
+    asked = recipe.measure.benchmarks
+    own = asked.folder if asked else None
     return Sources(
         model=fetch_teacher(recipe, get),
         train=get(data.train, where="recipe.data.train", kind="data"),
         test=get(data.test, where="recipe.data.test", kind="data") if data.test else None,
         base=get(base_model, where="recipe.base.model", kind="model") if base_model else None,
+        benchmarks=get(own, where="recipe.measure.benchmarks.folder", kind="data") if own else None,
     )
 
 

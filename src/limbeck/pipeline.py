@@ -81,7 +81,7 @@ def distill(
         linear = still.linear(data) if recipe.linear else None
         report = assemble(
             run, recipe, own, space, original, family, together, frontier, linear,
-            still.trials.texts(),
+            still.trials.texts(), still.trials.benchmarks(),
         )  # fmt: skip
         write_report(report, run.folder)
         write_cards(report, run.folder, still.sources.model, still.sources.train)

@@ -102,11 +102,12 @@ def check_measure(recipe: Recipe) -> None:
         raise ValueError(
             "`measure.secondary_rows` has no effect with one format: null, or more formats"
         )
+    for name in ("generate", "benchmarks"):
+        if getattr(measure, name) is not None and recipe.task.has_labels:
+            raise ValueError(f"`measure.{name}` is for models that write, not for "
+                             f"{recipe.task.kind}: leave it out")  # fmt: skip
     if measure.generate is None:
         return
-    if recipe.task.has_labels:
-        raise ValueError("`measure.generate` is for models that write, not for "
-                         f"{recipe.task.kind}: leave it out")  # fmt: skip
     if measure.generate.prompt_tokens is not None and (data.prompt or data.messages):
         raise ValueError("`measure.generate.prompt_tokens` is for plain text, and these data have "
                          "prompts: leave it out")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from limbeck.report.benchmarks import Benchmark, Benchmarks, BenchmarkScore
 from limbeck.report.document import (
     Artifact,
     Baselines,
@@ -33,6 +34,9 @@ __all__ = [
     "Answer",
     "Artifact",
     "Baselines",
+    "Benchmark",
+    "BenchmarkScore",
+    "Benchmarks",
     "BudgetEntry",
     "Capability",
     "Environment",

@@ -25,6 +25,8 @@ from limbeck.report.pictures import pictures
 from limbeck.report.tables import (
     Table,
     baselines_table,
+    benchmarks_table,
+    benchmarks_text,
     budgets_table,
     capability_names,
     capability_of,
@@ -92,6 +94,9 @@ def _sections(report: Report) -> Iterator[str]:
         yield section("Where they part", said, shown)
     if report.texts:
         yield section("What they write", texts_words(report.texts), writing(report))
+    if report.benchmarks:
+        drawn = _sheet(benchmarks_table(report), "Public benchmarks")
+        yield section("Public benchmarks", benchmarks_text(report.benchmarks), drawn)
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
     if (baselines := baselines_table(report)).rows:
         said = "The same students made in other ways"
