@@ -12,6 +12,7 @@ from limbeck.report import (
     Answer,
     Artifact,
     Baselines,
+    Benchmarks,
     BudgetEntry,
     Capability,
     Environment,
@@ -23,12 +24,17 @@ from limbeck.report import (
     Quality,
     Report,
     Retention,
+    Score,
     ShapeEntry,
     Stage,
     StudentEntry,
     TeacherEntry,
+    TextExample,
+    Texts,
+    TextScores,
     TrainingPoint,
     UnitImportance,
+    WrittenText,
 )  # fmt: skip
 from limbeck.tasks.images import png
 
@@ -218,7 +224,49 @@ def pictured() -> Report:
     return report.model_copy(update={"students": tuple(found)})
 
 
+PACKAGES = [
+    ("Describe the package: zlib1g-dev",
+     "zlib is a library implementing the deflate compression method found in gzip and PKZIP. This "
+     "package includes the development support files."),
+    ("Describe the package: fonts-noto\n\nIn two sentences.", "A collection of fonts. " * 9),
+    (EVIL, EVIL),
+]  # fmt: skip
+
+
+def wrote() -> Report:
+    """A report on language models, whose texts are better the larger the model."""
+    report, draw = make_report(labels=[]), random.Random(3)
+    names, examples = ["teacher", *(s.name for s in report.students)], []
+    for prompt, reference in PACKAGES:
+        written = {}
+        for i, name in enumerate(names):
+            words = reference.split(" ")
+            said = [w if draw.random() > i / 5 else draw.choice(words) for w in words]
+            text = " ".join(said[: len(said) - 4 * i]) if i < 3 else ""
+            written[name] = WrittenText(text=text, ended=i < 2, rouge_l=1 - i / 5)
+        examples.append(TextExample(prompt=prompt, reference=reference, written=written))
+    scores = {}
+    for i, name in enumerate([*names, "medium/hard_labels"]):
+        value = [Score(value=v, low=v - 0.03, high=v + 0.03, n=97) for v in (0.1, 0.5, 0.6)]
+        few = {k: s.model_copy(update={"value": s.value - i / 60})
+               for k, s in zip(("exact_match", "rouge_l", "chrf"), value, strict=True)}  # fmt: skip
+        scores[name] = TextScores(**few, ended=0.9 - i / 10)
+    left_out = "3 of 100 prompts are left out: they leave no room for 64 tokens in a context of 99."
+    texts = Texts(max_new_tokens=64, scores=scores, examples=examples, notes=(left_out,))
+    scores = {name: {"value": 0.61 - i / 20, "stderr": 0.01, "n": 2376}
+              for i, name in enumerate(names)}  # fmt: skip
+    none = {name: {"value": None, "n": 9} for name in names[1:]}
+    results = [
+        {"task": "arc_easy", "version": "1.0", "metric": "acc", "num_fewshot": 5, "scores": scores},
+        {"task": EVIL, "version": EVIL, "metric": "perplexity", "filter": EVIL,
+         "higher_is_better": False, "scores": none},
+    ]  # fmt: skip
+    found = Benchmarks.model_validate({"lm_eval": "0.4.13", "limit": 2376, "results": results})
+    return report.model_copy(update={"texts": texts, "benchmarks": found})
+
+
 CASES = {
+    "texts": wrote(),
     "images": pictured(),
     "usual": make_report(),
     "one student, two classes": make_report(("only",), ["no", "yes"]),

@@ -188,8 +188,9 @@ def test_another_tokenizer_is_refused_and_accepted_with_uld(world):
         limbeck.distill(world / "recipe.yaml", world / "out")
     with quickly():
         report = limbeck.distill(
-            world / "recipe.yaml", world / "out", overrides=["distill.divergence=uld"]
-        )
+            world / "recipe.yaml", world / "out",
+            overrides=["distill.divergence=uld", "measure.generate={rows: 4, max_new_tokens: 9}"],
+        )  # fmt: skip
     (student,) = report.students
     assert student.fidelity is None and student.retention is None
     points = report.training["one"]
@@ -200,6 +201,10 @@ def test_another_tokenizer_is_refused_and_accepted_with_uld(world):
     bits = bits["bits_per_byte"]
     assert bits["n"] == 12 and 0 < bits["teacher"] < bits["student"] < 8
     assert f"{bits['student']:.3f} bits for a byte of 12" in note
+    prompts = json.loads((world / "out/prompts/prompts.json").read_text())
+    assert {*report.texts.scores} == {"teacher", "one"} and prompts["ends"] == [2, 0]
+    for prompt in prompts["prompts"]:
+        assert OURS.decode(prompt["own"]) == prompt["prompt"] and prompt["own"] != prompt["tokens"]
     hf = world / "out/students/one/hf"
     words = limbeck.write_with(hf, "the old")
     assert isinstance("".join(words), str)

@@ -10,13 +10,15 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 import limbeck
 import tiny_language
-from limbeck import answers, runtime, trying
+from limbeck import answers, runtime, texts, trying
 from limbeck.causal import load_causal
 from limbeck.cli import main
 from limbeck.errors import LimbeckError, SourceError
 from limbeck.generating import Sampling, generate
 from limbeck.judging_language import OfLanguageModel
 from limbeck.onnx_decoder import OnnxCausal, open_headless
+from limbeck.progress import Silent
+from limbeck.recipe_file import load_recipe
 from limbeck.runtime_worker import Decoder, onnx_session
 from limbeck.tasks.rows import token_inputs
 from test_measure_language import fields, rows
@@ -82,6 +84,24 @@ def test_greedy_tokens_are_the_models_own_whatever_the_batch(student):
             assert ours.tolist() == theirs.tolist()
         for ours, theirs in zip(found.log_probs, wanted.log_probs, strict=True):
             assert np.allclose(ours, theirs, atol=1e-4)
+
+
+def test_it_writes_for_the_report_what_its_folder_does(student, tmp_path):
+    folder = tiny_language.make_language_world(tmp_path, measure={"generate": {}})
+    recipe, _ = load_recipe(folder / "recipe.yaml")
+    prompts = [
+        {"document": i, "prompt": "", "reference": "the sea", "tokens": ids, "own": ids}
+        for i, ids in enumerate(PROMPTS)
+    ]
+    known = {"prompts": prompts, "ends": [2, 2], "notes": []}
+    (tmp_path / "prompts.json").write_text(json.dumps(known))
+    said = []
+    for file, format in (("hf", "hf"), ("gguf/model-fp32.onnx", "onnx-fp32")):
+        texts.write(
+            tmp_path, recipe, student / file, format, tmp_path, "x", Silent(), of_teacher=False
+        )
+        said.append((tmp_path / "texts.json").read_text())
+    assert said[0] == said[1] and len(json.loads(said[0])["written"]) == 3
 
 
 @pytest.mark.parametrize("layout", ["pack", "pad"])

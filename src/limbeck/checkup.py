@@ -18,6 +18,7 @@ _EXTRAS = {
     "balance": ("torchjd", "qpsolvers", "quadprog"),
     "lm": ("gguf", "accelerate", "jinja2", "sacrebleu", "rouge_score"),
     "lora": ("peft",),
+    "benchmark": ("lm_eval", "accelerate"),
     "verify": ("llama_cpp",),
     "fetch": ("datasets", "huggingface_hub"),
 }

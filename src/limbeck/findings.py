@@ -16,6 +16,7 @@ from limbeck.recipe import Recipe, file_of
 from limbeck.report import (
     Artifact,
     Baselines,
+    Benchmarks,
     BudgetEntry,
     Capability,
     Environment,
@@ -29,6 +30,7 @@ from limbeck.report import (
     Stage,
     StudentEntry,
     TeacherEntry,
+    Texts,
     TrainingPoint,
     UnitImportance,
 )
@@ -75,7 +77,7 @@ def artifact_path(hf: Path, files: Path, format: str) -> Path:
 def assemble(
     run: Run, recipe: Recipe, data: Made, space: Made, teacher: Member,
     family: Mapping[str, Member], together: Made | None, frontier: Made | None,
-    linear: Made | None,
+    linear: Made | None, texts: Texts | None, benchmarks: Benchmarks | None,
 ) -> Report:  # fmt: skip
     about, survey = data.json("data.json"), space.json("summary.json")
     curves = _curves(teacher, family, together)
@@ -94,6 +96,8 @@ def assemble(
         linear=_quality(linear),
         training=curves,
         labels=tuple(about["labels"]),
+        texts=texts,
+        benchmarks=benchmarks,
         frontier=_frontier(frontier, family),
         layer_importance=tuple(survey["layer_importance"]) or None,
         importance=recipe.importance.model_dump(),

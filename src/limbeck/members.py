@@ -12,6 +12,7 @@ from limbeck.lazily import evaluation, stages, teaching
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe, StudentSpec
 from limbeck.run import Made, Run
+from limbeck.trials import Trials
 from limbeck.types import Places
 
 
@@ -44,10 +45,10 @@ class Taught:
 
     def __init__(
         self, run: Run, recipe: Recipe, progress: Progress, student: StudentSpec, plan: Made,
-        ground: Ground, features: Made | None, original: Member,
+        ground: Ground, features: Made | None, original: Member, trials: Trials,
     ) -> None:  # fmt: skip
         """`original` is the teacher, measured."""
-        self.original = original
+        self.original, self.trials = original, trials
         self.run, self.recipe, self.progress = run, recipe, progress
         self.student, self.plan, self.ground, self.features = student, plan, ground, features
         self.training = recipe.training_of(student)
@@ -118,6 +119,7 @@ class Taught:
                 at, recipe, model.folder, data.folder, (primary,), draft=True
             ),
         )  # fmt: skip
+        self.trials.of(f"{self.student.name}/{name}", top, model, onnx, primary)
         return self.run.stage(
             f"{top}/quality",
             [model.digest, onnx.digest, data.digest, self.original.measured.digest],

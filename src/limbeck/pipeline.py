@@ -8,15 +8,15 @@ What the stages do (and with it torch) is imported only when one really runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import Fetched, config_folder
 from limbeck.energy import CodecarbonMeter
 from limbeck.errors import RecipeError
+from limbeck.fetching import Sources, fetch_sources, remade
 from limbeck.findings import Member, assemble, write_cards
 from limbeck.lazily import evaluation, scaling, stages, teaching
 from limbeck.members import Ground, Taught
@@ -27,17 +27,9 @@ from limbeck.report import Report, write_report
 from limbeck.run import Made, Meter, Run, open_run, write_text
 from limbeck.signals.choose import codec_settings, refuse_unserved, sizes_of
 from limbeck.sizing import Sizes
-from limbeck.sources import fetch
+from limbeck.trials import Trials, require_extras
 
 _SURVEY = 4  # the format of what the stage `architecture` leaves
-
-
-@dataclass(frozen=True)
-class Sources:
-    model: Fetched
-    train: Fetched
-    test: Fetched | None
-    base: Fetched | None = None
 
 
 def distill(
@@ -57,6 +49,7 @@ def distill(
     progress = progress if progress is not None else Silent()
     base = base or Path.cwd()
     recipe = rebase(recipe, base)
+    require_extras(recipe)
     with open_run(out, recipe, meter or CodecarbonMeter(), repair=repair) as run:
         run.on_stage(lambda name, reused: progress.say(f"{name}: unchanged" if reused else name))
         still = _Still(run, recipe, progress, fetch_sources(recipe, progress, base))
@@ -64,6 +57,7 @@ def distill(
         still.model()
         data = still.data()
         own = still.own_data(data)
+        still.trials.prepare(still.sources, data, own)
         still.budgets(own)
         codec = still.codec(data)
         teacher = still.teacher(data)
@@ -86,8 +80,9 @@ def distill(
         }
         linear = still.linear(data) if recipe.linear else None
         report = assemble(
-            run, recipe, own, space, original, family, together, frontier, linear
-        )
+            run, recipe, own, space, original, family, together, frontier, linear,
+            still.trials.texts(), still.trials.benchmarks(),
+        )  # fmt: skip
         write_report(report, run.folder)
         write_cards(report, run.folder, still.sources.model, still.sources.train)
         return report
@@ -115,44 +110,6 @@ def scale(
         raise
 
 
-def fetch_sources(recipe: Recipe, progress: Progress, base: Path) -> Sources:
-    """Model and data on this machine's disk. What is relative, a hub id say, starts at `base`."""
-    told: set[str] = set()
-
-    def show(label: str, _done: int, _total: int) -> None:
-        if label not in told:
-            told.add(label)
-            progress.say(label)
-
-    get = partial(fetch, base=base, progress=show)
-    data, base_model = recipe.data, recipe.base.model if recipe.base else None
-    return Sources(
-        model=fetch_teacher(recipe, get),
-        train=get(data.train, where="recipe.data.train", kind="data"),
-        test=get(data.test, where="recipe.data.test", kind="data") if data.test else None,
-        base=get(base_model, where="recipe.base.model", kind="model") if base_model else None,
-    )
-
-
-def fetch_teacher(recipe: Recipe, get: Callable[..., Fetched]) -> Fetched:
-    """Its folder; of one that is only a config so far, a folder with that."""
-    spec = recipe.teacher
-    if spec.estimator is not None:
-        if spec.estimator.model is not None:
-            return get(spec.estimator.model, where="recipe.teacher.estimator.model", kind="data")
-        return config_folder({"model_type": spec.estimator.kind})
-    if spec.model is not None:
-        return get(spec.model, where="recipe.teacher.model", kind="model")
-    assert spec.config is not None  # the recipe checked it
-    return config_folder(spec.config)
-
-
-def remade(recipe: Recipe, model: Path) -> bool:
-    """Whether the teacher cannot be taken as it is."""
-    packed = model.is_file() or (any(model.glob("*.gguf")) and not (model / "config.json").exists())
-    return recipe.teacher.trim_vocabulary or (packed and not recipe.task.has_labels)
-
-
 @dataclass
 class _Still:
     """One run's stages: for each its name, what it depends on, and what makes it."""
@@ -161,6 +118,10 @@ class _Still:
     recipe: Recipe
     progress: Progress
     sources: Sources
+
+    @cached_property
+    def trials(self) -> Trials:
+        return Trials(self.run, self.recipe, self.progress)
 
     def settled(self) -> Recipe:
         """With the precision that this run's first machine was fast in: it stays the run's own."""
@@ -333,12 +294,14 @@ class _Still:
         )  # fmt: skip
         measured = self.run.stage(
             f"{top}/measure",
-            [model.digest, onnx.digest, data.digest, recipe.measure, recipe.export, primary],
+            [model.digest, onnx.digest, data.digest, recipe.measure.of_files, recipe.export,
+             primary],
             lambda at: evaluation.measure_artifacts(
                 at, recipe, model.folder, onnx.folder, data.folder, name, self.progress,
                 primary=primary, formats=formats,
             ),
         )  # fmt: skip
+        self.trials.of(name, top, model, onnx, primary)
         return Member(name=name, primary=primary, model=model, onnx=onnx, measured=measured)
 
     def member(
@@ -347,8 +310,9 @@ class _Still:
     ) -> Member:  # fmt: skip
         recipe, top, plan = self.recipe, f"students/{student.name}", plans[student.name]
         taught = Taught(
-            self.run, recipe, self.progress, student, plan, ground, features, original
-        )
+            self.run, recipe, self.progress, student, plan, ground, features, original,
+            self.trials,
+        )  # fmt: skip
         tried = taught.tried() if together is None else None
         if together is None:
             model = taught.model(tried)

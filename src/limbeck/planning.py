@@ -17,7 +17,7 @@ from limbeck.architecture.cut import any_layers
 from limbeck.architecture.plan import CostModel, Sample, plan_student
 from limbeck.architecture.space import Candidate, shape_of
 from limbeck.cores import cores, on_each
-from limbeck.pipeline import fetch_teacher, remade
+from limbeck.fetching import fetch_teacher, remade
 from limbeck.progress import Progress, Silent
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import rebase

@@ -12,8 +12,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from limbeck.errors import RecipeError
-from limbeck.recipe_checks import check_elastic, check_lora, check_quantization, check_uld
+from limbeck.recipe_checks import (
+    check_elastic,
+    check_lora,
+    check_measure,
+    check_quantization,
+    check_uld,
+)
 from limbeck.recipe_data import DataSpec, Source
+from limbeck.recipe_measure import MeasureSpec
 from limbeck.recipe_task import ImageTask, TaskSpec, task_of
 from limbeck.recipe_teacher import EstimatorSpec
 from limbeck.recipe_teaching import DistillSpec, SignalsSpec, Spec, TrainingSpec
@@ -162,18 +169,6 @@ class ExportSpec(Spec):
         return self
 
 
-class MeasureSpec(Spec):
-    threads: int = Field(1, ge=1)
-    """CPU threads for latency, throughput and memory."""
-    watts: float | None = Field(None, gt=0)
-    """What the device draws while it runs a model, for budgets of energy."""
-    latency_runs: int = Field(100, ge=10)
-    """Timed batch-1 calls."""
-    secondary_rows: int | None = Field(None, ge=1)
-    """Measure the quality of the formats that are not primary on only this many test rows (each
-    quality states its n). Default: all."""
-
-
 class Recipe(Spec):
     """A whole run. `limbeck recipes show quickstart` prints one to start from."""
 
@@ -253,10 +248,7 @@ class Recipe(Spec):
         check_lora(self)
         check_quantization(self)
         check_elastic(self)
-        if self.measure.secondary_rows is not None and len(self.export.formats) == 1:
-            raise ValueError(
-                "`measure.secondary_rows` has no effect with one format: null, or more formats"
-            )
+        check_measure(self)
         return self
 
     @model_validator(mode="after")

@@ -93,3 +93,21 @@ def check_lora(recipe: Recipe) -> None:
     if recipe.base is not None and recipe.base.config is not None and recipe.distill.training.lora:
         raise ValueError("`distill.training.lora` lets the random weights of `base.config` rest: "
                          "all learn, or a `base.model`")  # fmt: skip
+
+
+def check_measure(recipe: Recipe) -> None:
+    """What a model of this task and these files can be asked. Raises ValueError."""
+    measure, data = recipe.measure, recipe.data
+    if measure.secondary_rows is not None and len(recipe.export.formats) == 1:
+        raise ValueError(
+            "`measure.secondary_rows` has no effect with one format: null, or more formats"
+        )
+    for name in ("generate", "benchmarks"):
+        if getattr(measure, name) is not None and recipe.task.has_labels:
+            raise ValueError(f"`measure.{name}` is for models that write, not for "
+                             f"{recipe.task.kind}: leave it out")  # fmt: skip
+    if measure.generate is None:
+        return
+    if measure.generate.prompt_tokens is not None and (data.prompt or data.messages):
+        raise ValueError("`measure.generate.prompt_tokens` is for plain text, and these data have "
+                         "prompts: leave it out")  # fmt: skip

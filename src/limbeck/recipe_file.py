@@ -86,7 +86,13 @@ def rebase(recipe: Recipe, base: Path) -> Recipe:
     other = recipe.base and recipe.base.model_copy(
         update={"model": absolute(recipe.base.model, hub_id=True)}
     )
-    return recipe.model_copy(update={"data": data, "teacher": teacher, "base": other})
+    measure, asked = recipe.measure, recipe.measure.benchmarks
+    if asked is not None:
+        asked = asked.model_copy(update={"folder": absolute(asked.folder)})
+        measure = measure.model_copy(update={"benchmarks": asked})
+    return recipe.model_copy(
+        update={"data": data, "teacher": teacher, "base": other, "measure": measure}
+    )
 
 
 def fingerprint(*values: Any) -> str:

@@ -73,7 +73,7 @@ class Sizes:
         inputs: list[Any] = [space.digest, student.budget, recipe.export.primary]
         budget = student.budget
         timed = budget.latency_ms or budget.energy_mj or budget.memory_mb
-        return [*inputs, recipe.task, recipe.measure] if timed else inputs
+        return [*inputs, recipe.task, recipe.measure.of_files] if timed else inputs
 
     def _planning(self) -> Any:
         """One for all students: what was timed for one serves the next."""

@@ -137,6 +137,11 @@ def _kept(report: Report, student: StudentEntry) -> str:
         text += "."
     if hard := student.baselines.hard_labels:
         text += f" Trained alike without the teacher, it reaches {quality_text(hard)}."
+    if report.texts and student.name in report.texts.scores:
+        mine, of_teacher = (report.texts.scores[name] for name in (student.name, "teacher"))
+        text += f" Of {mine.chrf.n:,} texts that it wrote to test prompts chrF is "
+        text += f"{percent(mine.chrf.value)} ({100 * mine.chrf.low:.1f}–{100 * mine.chrf.high:.1f})"
+        text += f", of the teacher's {percent(of_teacher.chrf.value)}."
     return _plain(text) + " In brackets: 95 % bootstrap intervals."
 
 

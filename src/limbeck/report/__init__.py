@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from limbeck.report.benchmarks import Benchmark, Benchmarks, BenchmarkScore
 from limbeck.report.document import (
     Artifact,
     Baselines,
@@ -25,6 +26,7 @@ from limbeck.report.page import page
 from limbeck.report.parting import Answer, Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
 from limbeck.report.tables import terminal_table
+from limbeck.report.texts import Score, TextExample, Texts, TextScores, WrittenText
 from limbeck.report.wording import Verdict, summary, verdicts
 from limbeck.run import write_json, write_text
 
@@ -32,6 +34,9 @@ __all__ = [
     "Answer",
     "Artifact",
     "Baselines",
+    "Benchmark",
+    "BenchmarkScore",
+    "Benchmarks",
     "BudgetEntry",
     "Capability",
     "Environment",
@@ -43,13 +48,18 @@ __all__ = [
     "Quality",
     "Report",
     "Retention",
+    "Score",
     "ShapeEntry",
     "Stage",
     "StudentEntry",
     "TeacherEntry",
+    "TextExample",
+    "TextScores",
+    "Texts",
     "TrainingPoint",
     "UnitImportance",
     "Verdict",
+    "WrittenText",
     "markdown",
     "page",
     "read_report",

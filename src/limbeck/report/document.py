@@ -15,8 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from limbeck.errors import DamagedError, RunFolderError
 from limbeck.recipe import Spec
+from limbeck.report.benchmarks import Benchmarks
 from limbeck.report.parting import Parting
 from limbeck.report.shapes import FrontierPoint, ShapeEntry, UnitImportance
+from limbeck.report.texts import Texts
 
 BudgetKey = Literal["params", "size_mb", "latency_ms", "memory_mb", "energy_mj", "retention"]
 
@@ -316,6 +318,10 @@ class Report(Spec):
     """Curves by the name of the model that was trained."""
     labels: tuple[str, ...] = ()
     """Class names, by index."""
+    texts: Texts | None = None
+    """What language models write; null where the recipe does not ask (`measure.generate`)."""
+    benchmarks: Benchmarks | None = None
+    """Public ones, of language models; null where the recipe names none."""
     frontier: tuple[FrontierPoint, ...] = ()
     """Of an elastic run, the largest first."""
     layer_importance: tuple[float, ...] | None = None

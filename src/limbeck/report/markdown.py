@@ -10,6 +10,8 @@ from limbeck.report.pictures import parting_text
 from limbeck.report.tables import (
     Table,
     baselines_table,
+    benchmarks_table,
+    benchmarks_text,
     budgets_table,
     capabilities_table,
     cost_text,
@@ -20,6 +22,7 @@ from limbeck.report.tables import (
     stages_table,
 )
 from limbeck.report.wording import quality_text, shape_text, summary, verdicts
+from limbeck.report.writing import texts_table, texts_words
 
 REPEAT = "limbeck distill recipe.yaml --out ../again"
 
@@ -45,6 +48,12 @@ def markdown(report: Report) -> str:
         "## Budgets",
         _table(budgets_table(report)),
     ]
+    if report.texts:
+        about = f"{texts_words(report.texts)} report.html shows some of the texts."
+        parts += ["## What they write", _table(texts_table(report)), _plain(about)]
+    if report.benchmarks:
+        about = _plain(benchmarks_text(report.benchmarks))
+        parts += ["## Public benchmarks", _table(benchmarks_table(report)), about]
     sections = [
         ("Baselines", baselines_table(report)),
         ("Capabilities, the worst kept first", capabilities_table(report)),

@@ -25,6 +25,8 @@ from limbeck.report.pictures import pictures
 from limbeck.report.tables import (
     Table,
     baselines_table,
+    benchmarks_table,
+    benchmarks_text,
     budgets_table,
     capability_names,
     capability_of,
@@ -50,6 +52,7 @@ from limbeck.report.wording import (
     timed_against,
     verdicts,
 )
+from limbeck.report.writing import texts_words, writing
 
 _HERE = Path(__file__).parent
 _MOST_VERDICTS = 16  # with more, those that hold are folded away
@@ -89,6 +92,11 @@ def _sections(report: Report) -> Iterator[str]:
         said = "Images that a student answers otherwise than its teacher, the furthest apart (KL) "
         said += "first. Each model's three most probable answers; the right one is bold."
         yield section("Where they part", said, shown)
+    if report.texts:
+        yield section("What they write", texts_words(report.texts), writing(report))
+    if report.benchmarks:
+        drawn = _sheet(benchmarks_table(report), "Public benchmarks")
+        yield section("Public benchmarks", benchmarks_text(report.benchmarks), drawn)
     yield section("Budgets", "", _sheet(budgets_table(report), "Budgets"))
     if (baselines := baselines_table(report)).rows:
         said = "The same students made in other ways"

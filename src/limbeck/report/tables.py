@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from limbeck.report.benchmarks import Benchmarks, BenchmarkScore
 from limbeck.report.document import (
     Capability,
     Latency,
@@ -175,6 +176,39 @@ def capabilities_table(report: Report) -> Table:
         rows.append((name, str(any_student.n), teacher, *kept))
     names = (student.name for student in report.students)
     return Table(("capability", "n", "teacher", *names), tuple(rows))
+
+
+def benchmarks_table(report: Report) -> Table:
+    """A row for each metric of each task; numbers in the metric's own unit, as lm-eval has them."""
+    found = report.benchmarks
+    names = [*dict.fromkeys(name for one in found.results for name in one.scores)] if found else []
+    rows = []
+    for one in found.results if found else ():
+        shots = "" if not one.num_fewshot else f", {one.num_fewshot} shots"
+        metric = one.metric + (f" ({one.filter})" if one.filter else "")
+        if one.higher_is_better is False:
+            metric += ", less is better"
+        n = next(iter(one.scores.values())).n
+        scores = [_benchmark_cell(one.scores.get(name)) for name in names]
+        rows.append((one.task, metric, f"version {one.version}{shots}", f"{n:,}", *scores))
+    return Table(("task", "metric", "as", "n", *names), tuple(rows), 3)
+
+
+def _benchmark_cell(found: BenchmarkScore | None) -> str:
+    if found is None or found.value is None:
+        return NONE
+    error = "" if found.stderr is None else f" ± {found.stderr:.3g}"
+    return f"{found.value:.4g}{error}"
+
+
+def benchmarks_text(found: Benchmarks) -> str:
+    """What was done, in plain sentences."""
+    text = f"By lm-eval {found.lm_eval}, of the hf folders; ± is its standard error. Other "
+    text += "versions of a task, and other numbers of shots, do not compare."
+    if found.limit is not None:
+        text += f" Only the first {found.limit:,} examples of each task were asked: published "
+        text += "numbers are of all."
+    return text
 
 
 def stages_table(report: Report) -> Table:

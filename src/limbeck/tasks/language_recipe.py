@@ -60,7 +60,7 @@ def make_model(recipe: Recipe, model: Path, train: Path, folder: Path) -> None:
 
 def _trim(recipe: Recipe, plain: Path, train: Path, folder: Path) -> str:
     model, tokenizer = load_causal(plain, where=_WHERE), load_tokenizer(plain, where=_WHERE)
-    columns = _columns(recipe)
+    columns = columns_of(recipe)
     records = read_records(train, columns, where="recipe.data.train")
     at = np.arange(len(records))
     if recipe.data.test is None:
@@ -110,7 +110,7 @@ def _spec(recipe: Recipe) -> LanguageTask:
     return recipe.task
 
 
-def _columns(recipe: Recipe) -> Columns:
+def columns_of(recipe: Recipe) -> Columns:
     data = recipe.data
     if data.messages is not None:
         return Columns(kind="messages", messages=data.messages, group=data.group)
@@ -125,8 +125,8 @@ def _columns(recipe: Recipe) -> Columns:
 def _data(recipe: Recipe) -> CausalData:
     spec, data = _spec(recipe), recipe.data
     return CausalData(
-        columns=_columns(recipe), max_tokens=spec.max_tokens, layout=spec.layout, learn=spec.learn,
-        validation_fraction=data.validation_fraction, test_fraction=data.test_fraction,
-        max_train_documents=data.max_train_rows, max_test_documents=data.max_test_rows,
-        seed=recipe.seed,
+        columns=columns_of(recipe), max_tokens=spec.max_tokens, layout=spec.layout,
+        learn=spec.learn, validation_fraction=data.validation_fraction,
+        test_fraction=data.test_fraction, max_train_documents=data.max_train_rows,
+        max_test_documents=data.max_test_rows, seed=recipe.seed,
     )  # fmt: skip
