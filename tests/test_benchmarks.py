@@ -10,7 +10,7 @@ import yaml
 
 import limbeck
 import tiny_language
-from limbeck import benchmarks
+from limbeck import benchmark_worker, benchmarks
 from limbeck.causal import load_causal
 from limbeck.errors import MissingExtraError, RecipeError, SourceError
 from limbeck.recipe_file import load_recipe
@@ -126,6 +126,7 @@ def test_a_template_reaches_nothing_but_the_example(tmp_path):
         ({"dataset_kwargs": {"trust_remote_code": True}}, r"in dataset_kwargs 'trust_remote_code'"),
         ({"dataset_kwargs": {"data_files": "../secret.jsonl"}}, r"data_files has '\.\./secret"),
         ({"dataset_kwargs": {"data_files": "http://x/y.jsonl"}}, r"data_files has 'http"),
+        ({"dataset_kwargs": {"data_files": ["*.jsonl"]}}, r"data_files has '\*\.jsonl'"),
         ({"dataset_kwargs": {}}, r"data_files has None"),
         ({"metric_list": [{"metric": "./evil"}]}, r"metric is '\./evil'; allowed: acc"),
         ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, r"in metric_list 'hf_eval"),
@@ -170,6 +171,20 @@ def test_own_tasks_are_data_alone(tmp_path):
         benchmarks.own_tasks(tmp_path / "tasks" / "none", cache=tmp_path)
     with pytest.raises(RecipeError, match=r"folder: it has no effect.*allowed: sea"):
         benchmarks.check(tmp_path, BenchmarkSpec(tasks=("arc_easy",)), tmp_path / "tasks", None)
+
+
+def test_of_a_group_without_a_score_what_is_in_it_is_shown():
+    found = {
+        "results": {name: {"acc,none": 0.5} for name in ("a", "b", "c", "inner", "tagged")}
+        | {"outer": {"alias": "outer"}},
+        "group_subtasks": {"outer": ["inner", "c"], "inner": ["a", "b"]},
+        "n-samples": {name: {"effective": n} for name, n in zip("abc", (1, 2, 4), strict=True)},
+    }
+    shown = benchmark_worker._shown
+    assert [*shown(found, ["outer", "tag"])] == ["inner", "c", "tagged"]
+    assert [*shown(found, ["c", "inner"])][:2] == ["c", "inner"]
+    assert benchmark_worker._examples(found, "outer") == 7
+    assert benchmark_worker._examples(found, "a") == 1
 
 
 def test_a_missing_extra_is_said_before_anything_is_read(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             scores.append(
                 {
                     "task": task, "metric": metric, "filter": None if filter == "none" else filter,
-                    "version": str(found["versions"].get(task)),
+                    "version": str(found["versions"].get(task, "N/A")),
                     "num_fewshot": found["n-shot"].get(task),
                     "higher_is_better": better.get(metric), "value": _finite(value),
                     "stderr": _finite(metrics.get(f"{metric}_stderr,{filter}")),
@@ -74,16 +74,24 @@ def _manager() -> Any:
 
 
 def _shown(found: dict[str, Any], asked: list[str]) -> dict[str, dict[str, Any]]:
-    """Tasks and groups that were asked for; of those that have no score of their own what is in
-    them."""
+    """Tasks and groups that were asked for; of a group without a score of its own what is in it,
+    of a tag its tasks."""
     scored = {
-        name: metrics for name, metrics in found["results"].items()
+        name: metrics
+        for name, metrics in found["results"].items()
         if any("," in key for key in metrics)
-    }  # fmt: skip
-    direct = {name: scored[name] for name in asked if name in scored}
-    inside = {leaf for name in direct for leaf in _leaves(found, name)}
-    rest = {name: m for name, m in scored.items() if name not in direct and name not in inside}
-    return direct | rest
+    }
+    below = found.get("group_subtasks", {})
+
+    def first_scored(name: str) -> list[str]:
+        if name in scored:
+            return [name]
+        return [one for child in below.get(name, ()) for one in first_scored(child)]
+
+    names = dict.fromkeys(one for name in asked for one in first_scored(name))
+    inside = {leaf for name in asked for leaf in _leaves(found, name)}
+    names |= dict.fromkeys(name for name in scored if name not in inside)
+    return {name: scored[name] for name in names}
 
 
 def _leaves(found: dict[str, Any], name: str) -> set[str]:
