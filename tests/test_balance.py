@@ -1,6 +1,7 @@
 """Several terms, one gradient: what each balance promises."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,13 +135,24 @@ def test_upgrad_of_two_opposed_gradients_harms_neither():
 def test_a_training_teaches_and_logs_the_terms(tmp_path, balance):
     if balance == "upgrad":
         pytest.importorskip("torchjd")
-    train(Model(), training(balance), tmp_path, Silent())
+    train(Model(), replace(training(balance), looks=20), tmp_path, Silent())
     points = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert points[-1]["terms"]["soft"] < 0.95 * points[0]["terms"]["soft"]
     looks = [p for p in points if "cosines" in p]
     assert len(looks) >= 15
     assert all(-1.001 <= p["cosines"]["soft, hard"] <= 1.001 for p in looks)
     assert all(p["gradients"]["soft"] > 0 for p in looks)
+
+
+@pytest.mark.parametrize(("steps", "looks"), [(8, 4), (60, 4), (150, 6)])
+def test_gradients_are_looked_at_rarely_in_a_short_training(tmp_path, steps, looks):
+    lesson = training("fixed")
+    epochs = steps * lesson.spec.batch_size / len(lesson.rows)
+    lesson = replace(lesson, spec=lesson.spec.model_copy(update={"epochs": epochs}))
+    assert lesson.steps == steps
+    train(Model(), lesson, tmp_path, Silent())
+    points = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert sum("cosines" in p for p in points) == looks
 
 
 @pytest.mark.parametrize("balance", ["calibrated", "uncertainty"])

@@ -106,7 +106,7 @@ def test_what_was_stored_of_each_view_is_what_the_teacher_says_of_it(done):
     run = folder / "out"
     recipe, _ = load_recipe(run)
     task = open_task(recipe, run / "data")
-    live = live_teacher(run / "teacher/hf", task)
+    live = live_teacher(run / "teacher/hf", task, "fp32")
     store = open_store(
         run / "signals", made_from=signal_origins(task, run / "teacher/hf", run / "data")
     )

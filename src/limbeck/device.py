@@ -29,7 +29,9 @@ def compute_device() -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def on_device(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+def on_device(
+    function: Callable[[_Item], _Result], items: Iterable[_Item]
+) -> Iterator[_Result]:
     """`function` of every item in order: side by side on the CPU's cores; one after another on a
     GPU, which each fills, and whose memory they would all take at once."""
     if compute_device().type == "cpu":
@@ -68,13 +70,13 @@ def repeatable() -> Iterator[None]:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """With bf16, a GPU may round what stays fp32 (a head's product, say) to TF32 as it multiplies:
-    three more bits than bf16 has, sums in fp32, and eight times fp32's speed on an H100."""
-    if precision != "bf16" or compute_device().type == "cpu":
+    """With bf16, what stays fp32 (a head's product, say) may be rounded as it is multiplied: to
+    TF32 on a GPU, to bf16 on a CPU with units for it. Sums and what comes out are fp32 still."""
+    if precision != "bf16":
         yield
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("medium" if compute_device().type == "cpu" else "high")
     try:
         yield
     finally:

@@ -220,8 +220,10 @@ class _Still:
     def signals(self, teacher: Made, data: Made, codec: Mapping[str, Any]) -> Made:
         recipe = self.recipe
         licences = {"teacher": self.sources.model.licence, "data": self.sources.train.licence}
+        precision = recipe.distill.training.precision
+        lower = [] if precision == "fp32" else [precision]
         return self.run.stage(
-            "signals", [teacher.digest, data.digest, codec, recipe.seed],
+            "signals", [teacher.digest, data.digest, codec, recipe.seed, *lower],
             lambda at: stages.capture(
                 at, recipe, teacher.folder, data.folder, codec, licences, self.progress
             ),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from limbeck._startup import prepare_torch
 
-_ROWS, _WIDTH, _RUNS = 512, 1024, 5  # rows of 512 tokens through a layer of a small model
+_SIZES = {"cpu": (512, 1024), "cuda": (8192, 4096)}  # rows, width: work that fills it
+_RUNS = 5
 _WORTH = 1.2  # times as fast: less is not worth the rounding
 
 prepare_torch()
@@ -24,8 +25,9 @@ def milliseconds() -> dict[str, float]:
     """Of one linear layer's forward and backward in `fp32` and `bf16`, the fastest of
     five each, on the device that training takes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = nn.Linear(_WIDTH, _WIDTH).to(device)
-    rows = torch.randn(_ROWS, _WIDTH, device=device)
+    num_rows, width = _SIZES[device]
+    layer = nn.Linear(width, width).to(device)
+    rows = torch.randn(num_rows, width, device=device)
     tried = {"fp32": False, "bf16": True}
     seconds: dict[str, list[float]] = {name: [] for name in tried}
     for _ in range(_RUNS + 1):

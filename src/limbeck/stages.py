@@ -30,6 +30,7 @@ from limbeck.architecture.plan import CostModel, Sample, plan_student, within_bu
 from limbeck.architecture.probe import find_axes
 from limbeck.architecture.proof import prove_axes
 from limbeck.architecture.space import Candidate, candidates, shape_of
+from limbeck.device import products_in
 from limbeck.errors import RecipeError
 from limbeck.export.files import write_files
 from limbeck.models import make_config, num_parameters
@@ -137,12 +138,14 @@ def capture(
     rows = AllViews(task.rows("train"))
     sizes = sizes_of(read_json(data / "data.json"))
     progress.say(f"signals: {reason(recipe.signals, settings, **sizes)}")
-    signal_capture.capture(
-        live_teacher(teacher, task), rows, {folder: logit_codec(settings)},
-        made_from=signal_origins(task, teacher, data), seed=recipe.seed, progress=progress,
-        provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
-        batch_size=rows.rows.num_together,
-    )  # fmt: skip
+    precision = recipe.distill.training.precision
+    with products_in(precision):
+        signal_capture.capture(
+            live_teacher(teacher, task, precision), rows, {folder: logit_codec(settings)},
+            made_from=signal_origins(task, teacher, data), seed=recipe.seed, progress=progress,
+            provenance={"licences": dict(licences), "limbeck": metadata.version("limbeck")},
+            batch_size=rows.rows.num_together,
+        )  # fmt: skip
 
 
 def verify_signals(run: Path, num_rows: int) -> Verification:
@@ -152,7 +155,8 @@ def verify_signals(run: Path, num_rows: int) -> Verification:
     task = open_task(recipe, data)
     open_store(run / "signals", made_from=signal_origins(task, teacher, data))
     return verify(
-        run / "signals", live_teacher(teacher, task), AllViews(task.rows("train")),
+        run / "signals", live_teacher(teacher, task, recipe.distill.training.precision),
+        AllViews(task.rows("train")),
         num_rows=num_rows,
     )
 

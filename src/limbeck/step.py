@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from limbeck._startup import prepare_torch
 from limbeck.balance import Balance, Uncertainty, UPGrad, calibrated
@@ -32,6 +32,7 @@ from limbeck.teachers.live import LiveTeacher
 from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4
+_LONG = 4  # rows of which no more are worked on together are long: one is enough for a core
 _PROBE = 64  # examples that projectors start from
 _WHOLE = {  # divergences that no head can be fused with
     "dist": "`dist` compares a batch's examples: it needs all their logits at once",
@@ -53,7 +54,7 @@ class Training:
     title: str
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
-    looks: int = 20  # times that the terms' gradients are held against each other
+    looks: int | None = None  # times that the terms' gradients are held against each other
     quantization: QuantizationAwareSpec | None = None  # some steps are on rounded weights
     on_policy: OnPolicy | None = None  # some steps are on the model's own texts
 
@@ -134,7 +135,8 @@ class Step:
         most, on_cores = self.training.spec.micro_batch, self.device.type == "cpu"
         if self.normalises:  # what is normalised together must not hang on the number of cores
             most, on_cores = most or GHOST, False
-        least = self.training.rows.num_together
+        few = self.training.rows.num_together
+        least = 1 if few <= _LONG else few
         parts = shares(len(at), most, on_cores=on_cores, least=least)
         return [batch(at[part.start : part.stop]) for part in parts]
 
@@ -161,14 +163,15 @@ class Step:
         norms: dict[str, float] = {}
         cosines: dict[tuple[str, str], float] = {}
         if separate:
-            flat = {}
+            whole = {}
             for name, own in by_term.items():
                 if self.ranks.world > 1:
                     self.ranks.add(own.present())
-                flat[name] = torch.cat([g.flatten() for g in own.dense()[: len(self.weights)]])
-            norms = {name: float(g.norm()) for name, g in flat.items()}
-            for a, b in itertools.combinations(flat, 2):
-                cosines[a, b] = float(cosine_similarity(flat[a], flat[b], dim=0))
+                whole[name] = own.dense()[: len(self.weights)]
+            norms = {name: math.sqrt(_dot(g, g)) for name, g in whole.items()}
+            for a, b in itertools.combinations(whole, 2):
+                both = norms[a] * norms[b]
+                cosines[a, b] = _dot(whole[a], whole[b]) / both if both else 0.0
         if isinstance(balance, UPGrad):
             for own in by_term.values():  # each projector has one term, so a sum is that
                 gradient.add(own.found)
@@ -205,6 +208,12 @@ class Step:
             gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         values = {name: part.detach() for name, part in parts.items()}
         return _Part(gradient=gradient, by_term=by_term, values=values)
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Of all of them as one vector each, which would be as large as the model."""
+    parts = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(parts).double().sum())
 
 
 @dataclass(frozen=True, kw_only=True)

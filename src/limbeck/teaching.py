@@ -128,7 +128,8 @@ def lesson(
     )
     own = None
     if spec.on_policy is not None:
-        own = on_policy(spec.on_policy, task, live_teacher(places.teacher, task), objective)
+        live = live_teacher(places.teacher, task, spec.training.precision)
+        own = on_policy(spec.on_policy, task, live, objective)
     return {
         "teacher": source, "objective": objective, "balance": spec.balance, "on_policy": own,
     }  # fmt: skip
@@ -144,11 +145,16 @@ def other_teacher(task: Task, places: Places) -> CrossTokenizerTeacher:
     )
 
 
-def live_teacher(teacher: Path, task: Task) -> Teacher:
+def live_teacher(teacher: Path, task: Task, precision: str) -> Teacher:
+    """In this precision its body; of a language model only what counts is multiplied by its head,
+    and what comes out is fp32."""
     if is_estimator(teacher):
         return black_box(teacher)
     model = task.load(teacher, where="teacher")
-    return LiveTeacher(model, file_sha256(teacher / "model.safetensors"))
+    live = LiveTeacher(model, file_sha256(teacher / "model.safetensors"), precision=precision)
+    if not task.labels:
+        live.leave_head(task.rows("train").batch([0]))
+    return live
 
 
 def shared_vocabulary(task: Task, places: Places) -> int | None:

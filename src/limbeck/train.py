@@ -35,8 +35,10 @@ from limbeck.statistics import forget, measure_statistics
 from limbeck.step import Training, start_balance, start_features, start_head
 
 _LOG_EVERY = 10  # steps
+_LOOKS, _STEPS_A_LOOK = (4, 20), 25  # at gradients
 _BALANCE_RATE = 0.02  # learning rate of what a balance learns
-_SAVE_EVERY = 20.0  # seconds; what a kill can cost at most
+_SAVE_EVERY = 20.0  # seconds; what a kill can cost, or more where saving takes long:
+_SAVE_LESS = 1.5  # times as rarely for each second of it, so that it has a thirtieth of the time
 LOG = "training.jsonl"
 
 
@@ -103,10 +105,15 @@ def _train(
     if ranks.first:
         log.rewind(first)
     begun = saved = shown = time.monotonic()
+    wait = _SAVE_EVERY
     logged, wrote = first, 0.0
     every = 0
-    if len(objective.weights) > 1 and training.looks:
-        every = max(1, training.steps // training.looks)
+    few, many = _LOOKS
+    looks = training.looks
+    if looks is None:  # each costs a step and more
+        looks = min(many, max(few, training.steps // _STEPS_A_LOOK))
+    if len(objective.weights) > 1 and looks:
+        every = max(1, training.steps // looks)
     rounding = Rounding(sizes[0].model, training.quantization, training.steps)
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:
@@ -137,9 +144,11 @@ def _train(
                 if ranks.first:
                     log.write(point)
                 shown = time.monotonic()
-            if ranks.first and time.monotonic() - saved > _SAVE_EVERY and done < training.steps:
+            now = time.monotonic()
+            if ranks.first and now - saved > wait and done < training.steps:
                 checkpoint.save(done)
                 saved = time.monotonic()
+                wait = _SAVE_EVERY * max(1.0, _SAVE_LESS * (saved - now))
     if training.on_policy is not None and ranks.first:
         progress.say(f"{training.title}: {_written(writers, time.monotonic() - begun)}")
     optimizer.settle(training.steps)

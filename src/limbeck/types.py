@@ -130,6 +130,14 @@ class Signal:
     embedding: Tensor | None = None  # (B, D)
     texts: tuple[str, ...] = ()  # B completions
 
+    def logits_at(self, mask: Tensor) -> Tensor:
+        """Those of the counted positions, (P, V), made now where they were left to the head."""
+        if self.head is None:
+            assert self.logits is not None, "logits were asked for and none are there"
+            return self.logits[mask]
+        assert self.head_input is not None
+        return self.head.logits(self.head_input[mask])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerm:

@@ -110,8 +110,7 @@ def _ask(
         if isinstance(codec, VectorCodec):
             fields, counts = codec.encode_signal(signal, batch, seed)
         else:
-            assert signal.logits is not None
-            logits = signal.logits[batch.mask]  # (P, V)
+            logits = signal.logits_at(batch.mask)  # (P, V)
             vocab_size = logits.shape[1]
             fields = codec.encode(logits, keys_of(batch), seed)
             counts = batch.mask.reshape(len(batch.mask), -1).sum(1)

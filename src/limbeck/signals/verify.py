@@ -62,9 +62,8 @@ def verify(
     logits, keys, ids = [], [], []
     for start in range(0, len(drawn), _CHUNK):
         batch = rows.batch(drawn[start : start + _CHUNK].tolist())
-        said = teacher.signal(batch, frozenset({Need.LOGITS})).logits
-        assert said is not None
-        logits.append(said[batch.mask].float())
+        said = teacher.signal(batch, frozenset({Need.LOGITS})).logits_at(batch.mask)
+        logits.append(said.float().cpu())
         keys.append(keys_of(batch))
         ids.append(batch.example_ids)
     now, at = torch.cat(logits), torch.cat(keys)  # (P, V), (P, 2)
