@@ -3,9 +3,9 @@
     python benchmarks/on_policy.py [--seeds 5] [--cpu-s 60] [--jobs 2] [--choose] [--quick]
                                    [--work DIR] [--json FILE]
 
-The task can be checked: chains of two to five two-digit numbers, added and taken away, with the
-running totals, lowest digit first and the sign last, `47+58-12=` -> `501,39` (reasoning-gym's
-`chain_sum`, spelt for a model that knows digits alone). A teacher of a third of a million
+The task can be checked: chains of two to four two-digit numbers with their running totals, lowest
+digit first, `47+58+12=` -> `501,711` (reasoning-gym's `chain_sum`, spelt for a model that knows
+digits alone). A teacher of a third of a million
 parameters is taught it on 60,000 chains. Its student has a tenth of that and 2,000 chains to learn
 from; it is cut from the teacher as `limbeck distill` does. All arms have the same start, rows,
 batch and time: each training has one core for itself, what a step costs there is measured first,
@@ -52,7 +52,7 @@ from limbeck.tasks import task as tasks
 _BATCH = 32
 _END = 1
 _PLAIN = ("distill.soft_weight=1", "distill.hard_weight=0")
-_OWN = "distill.on_policy={{share: {}, after: {}, max_new_tokens: 22, batches: 4, reuse: 4{}}}"
+_OWN = "distill.on_policy={{share: {}, after: {}, max_new_tokens: 14, batches: 4, reuse: 4{}}}"
 _LR = "distill.training.learning_rate={}"
 _TRIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "hard labels": tuple((_LR.format(lr),) for lr in (2e-3, 5e-3, 1e-2)),
@@ -80,20 +80,14 @@ def chains(count: int, seed: int, but: Sequence[Pairs] = ()) -> Pairs:
     draw, found = random.Random(seed), []
     seen = {prompt for pairs in but for prompt, _ in pairs}
     while len(found) < count:
-        terms = [draw.randint(10, 99)]
-        terms += [draw.choice((1, -1)) * draw.randint(10, 99) for _ in range(draw.randint(1, 4))]
-        prompt = "".join(f"{term:+}" for term in terms)[1:] + "="
+        terms = [draw.randint(10, 99) for _ in range(draw.randint(2, 4))]
+        prompt = "+".join(map(str, terms)) + "="
         if prompt in seen:
             continue
         seen.add(prompt)
         totals = [sum(terms[:end]) for end in range(2, len(terms) + 1)]
-        found.append((prompt, ",".join(backwards(total) for total in totals)))
+        found.append((prompt, ",".join(str(total)[::-1] for total in totals)))
     return found
-
-
-def backwards(total: int) -> str:
-    """The digit that is known first is said first."""
-    return str(abs(total))[::-1] + ("-" if total < 0 else "")
 
 
 def write_rows(pairs: Pairs, path: Path) -> None:
@@ -103,7 +97,7 @@ def write_rows(pairs: Pairs, path: Path) -> None:
 
 def fresh(folder: Path) -> PreTrainedTokenizerFast:
     """A random teacher with one token for each sign."""
-    ids = {"<pad>": 0, "<end>": _END} | {sign: i + 2 for i, sign in enumerate("0123456789+-=,")}
+    ids = {"<pad>": 0, "<end>": _END} | {sign: i + 2 for i, sign in enumerate("0123456789+=,")}
     backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -124,7 +118,7 @@ def fresh(folder: Path) -> PreTrainedTokenizerFast:
 def recipe_of(rows: Path, model: Path, *, params: int, tune: dict[str, Any] | None) -> Recipe:
     return validate({
         "name": "chains",
-        "task": {"kind": "language-modeling", "max_tokens": 48, "layout": "pad"},
+        "task": {"kind": "language-modeling", "max_tokens": 32, "layout": "pad"},
         "data": {"train": str(rows), "prompt": "prompt", "completion": "completion",
                  "validation_fraction": 0.05, "test_fraction": 0.05},
         "teacher": {"model": str(model), **({"tune": tune} if tune else {})},
@@ -169,7 +163,7 @@ def accuracy(folder: Path, pairs: Pairs) -> float:
     model = load_causal(folder, where=str(folder))
     tokenizer = load_tokenizer(folder, where=str(folder))
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    sampling = Sampling(max_new_tokens=22, sampling_temperature=0)
+    sampling = Sampling(max_new_tokens=14, sampling_temperature=0)
     said = generate(model, prompts, sampling, ends=(_END,), batch_size=250).tokens
     texts = [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in said]
     right = [t.split(",")[-1] == a.split(",")[-1] for t, (_, a) in zip(texts, pairs, strict=True)]
@@ -234,7 +228,7 @@ def main() -> None:
     asked, tried = chains(1000, 1), chains(500, 2)
     theirs = chains(6000 if options.quick else 60_000, 3, [asked, tried])
     ours = chains(2000, 4, [asked, tried])
-    teach(work / "teacher", 150 if options.quick else 4000, theirs)
+    teach(work / "teacher", 150 if options.quick else 3000, theirs)
     write_rows(ours, work / "rows.jsonl")
     run = work / "run"
     plain = recipe_of(work / "rows.jsonl", work / "teacher", params=33_000, tune=None)

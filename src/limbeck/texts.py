@@ -15,7 +15,7 @@ import numpy as np
 
 from limbeck._startup import prepare_torch
 from limbeck.answers import load_file
-from limbeck.cores import on_each
+from limbeck.device import compute_device, on_device, rows_at_once
 from limbeck.errors import RecipeError
 from limbeck.generating import Completions, Sampling, end_ids, generate
 from limbeck.measure_language import chrf, exact_match, mean, rouge_l
@@ -145,7 +145,10 @@ def write(
     known = read_json(prompts / _PROMPTS)
     found = [Prompt(**entry) for entry in known["prompts"]]
     hf = path if format == "hf" else path.parent.parent / "hf"
-    model = OnnxCausal(path, hf) if format.startswith("onnx") else load_file(path, format)
+    model: Any = (
+        OnnxCausal(path, hf) if format.startswith("onnx")
+        else load_file(path, format).to(compute_device())
+    )  # fmt: skip
     tokenizer: Any = load_tokenizer(hf, where=str(hf))
     tokens = [p.tokens if of_teacher else p.own for p in found]
     ends = {known["ends"][0 if of_teacher else 1], *end_ids(model)}
@@ -181,11 +184,12 @@ def _written(
 ) -> Iterator[tuple[list[int], Completions]]:
     """Some prompts' places and completions at a time, on each core those of like length."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    groups = [order[at : at + _TOGETHER] for at in range(0, len(order), _TOGETHER)]
+    most = rows_at_once(_TOGETHER)
+    groups = [order[at : at + most] for at in range(0, len(order), most)]
 
     def one(group: list[int]) -> Completions:
         return generate(
-            model, [prompts[i] for i in group], sampling, ends=ends, batch_size=_TOGETHER
+            model, [prompts[i] for i in group], sampling, ends=ends, batch_size=most
         )
 
-    yield from zip(groups, on_each(one, groups), strict=True)
+    yield from zip(groups, on_device(one, groups), strict=True)
