@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny_language
 from limbeck import cores, step, train
 from limbeck.objective import Objective
 from limbeck.recipe import TrainingSpec
+from limbeck.teachers.stored import NoTeacher
 from limbeck.temperature import Fixed
 from limbeck.types import Signal
 from tiny_models import bert_config, random_model
@@ -43,6 +45,17 @@ def test_results_come_in_order_and_an_error_is_raised_here():
 def test_work_is_done_side_by_side():
     both = threading.Barrier(2, timeout=30)
     assert sorted(cores.on_each(lambda _: both.wait(), range(2))) == [0, 1]
+
+
+def test_a_row_of_many_tokens_is_enough_for_a_core(monkeypatch):
+    monkeypatch.setattr(cores, "cores", lambda: 2)
+    model = tiny_language.model()
+    training = step.Training(
+        rows=tiny_language.rows(), teacher=NoTeacher(), objective=Objective(), seed=0, title="x",
+        spec=TrainingSpec(epochs=1, batch_size=4, learning_rate=1e-3),
+    )  # fmt: skip
+    parts = step.Step(model, training, [*model.parameters()]).batches(0)
+    assert [len(part.example_ids) for part in parts] == [2, 2]
 
 
 class Rows:
