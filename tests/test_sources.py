@@ -339,6 +339,15 @@ def test_what_is_no_source_is_refused_before_anything_is_started(shop, monkeypat
     assert not cache.exists()
 
 
+def test_an_endpoint_is_no_teacher():
+    """Probabilities of all tokens are needed, and none gives them."""
+    uri = "https://api.example.org/v1"
+    with pytest.raises(SourceError, match=r"^teacher: .*gives texts.*probabilities of all tokens"):
+        fetch(Source(uri=uri), where="teacher", kind="model")
+    with pytest.raises(SourceError, match="unknown https://"):
+        fetch(Source(uri=uri), where="data.train", kind="data")
+
+
 def test_a_misspelt_scheme_names_the_close_one():
     with pytest.raises(SourceError, match="did you mean 'pypi://'"):
         get("pipy://tiny==1.0/a")

@@ -120,6 +120,13 @@ def _parse(uri: str, *, where: str, base: Path, kind: Kind) -> _Place | Path:
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return _local_or_hub(uri, where=where, base=base, kind=kind)
+    if scheme in ("http", "https") and kind == "model":
+        raise SourceError(
+            where, f"{uri!r} is an address: what answers there gives texts, and a teacher is asked "
+            "for the probabilities of all tokens",
+            allowed=_ALLOWED, fix="name the model's weights; or let the endpoint write a data set "
+            "of prompts and completions, and name that as data.train",
+        )  # fmt: skip
     if scheme not in _PATTERNS:
         raise SourceError(
             where, f"{uri!r} begins with an unknown {scheme}://", allowed=_ALLOWED,
