@@ -35,7 +35,7 @@ LAYERS = (
         "runtime",
         "runtime_worker", "onnx_decoder",
     },
-    {"findings", "stages", "teaching", "scaling", "evaluation", "trying"},
+    {"findings", "stages", "teaching", "scaling", "evaluation", "partings", "trying"},
     {"chatting"},
     {"lazily"},
     {"members", "sizing"},

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from limbeck.errors import DataError, RecipeError, SourceError
-from limbeck.evaluation import partings
+from limbeck.partings import partings
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import read_json, write_json
-from limbeck.tasks.image_classification import Rows, open_task, prepare
+from limbeck.tasks.image_classification import ImageClassification, Rows, open_task, prepare
 from limbeck.tasks.image_files import read_idx, read_images
 from limbeck.tasks.images import (
     augmented,
@@ -388,7 +388,8 @@ def test_the_images_that_are_shown_are_those_furthest_apart_of_the_parted():
     one = rows()
     random = np.random.default_rng(1)
     teacher, student = (random.normal(0, 3, (12, 3)).astype(np.float32) for _ in range(2))
-    found = partings(one, teacher, student, ["a", "b", "c"])
+    task = ImageClassification(("a", "b", "c"), recipe().task, 0)
+    found = partings(task, one, teacher, student)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher, student))
     apart = (p * np.log(p / q)).sum(1)
     wanted = [i for i in np.argsort(-apart) if p[i].argmax() != q[i].argmax()][:8]
