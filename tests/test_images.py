@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from limbeck.errors import DataError, RecipeError, SourceError
+from limbeck.models import make_config
 from limbeck.partings import partings
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
@@ -167,6 +168,39 @@ def test_an_empty_class_folder_is_named(pictures):
     (pictures / "kind 9" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"recipe\.data\.train: .*kind 9 holds no image.*\.jpg"):
         read_images(pictures, recipe().data, part="train")
+
+
+def test_what_programs_leave_behind_is_no_class_and_other_files_are_told_of(pictures, tmp_path):
+    for name in (".ipynb_checkpoints/x.png", "__MACOSX/._x.png", "kind 0/.DS_Store"):
+        (pictures / name).parent.mkdir(exist_ok=True)
+        (pictures / name).write_bytes(b"no image")
+    (pictures / "kind 0/IMG_1.HEIC").write_bytes(b"no image that Pillow reads")
+    _, about = prepared(tmp_path, pictures, recipe())
+    assert about["labels"] == ["kind 0", "kind 1", "kind 2"] and sum(about["rows"].values()) == 60
+    (said,) = about["warnings"]
+    assert said.startswith("Passed over") and said.endswith(": kind 0/IMG_1.HEIC.")
+
+
+def test_a_folder_that_is_split_already_is_no_folder_of_classes(tmp_path):
+    for part in ("train", "test", "val"):
+        write_images(tmp_path / "all" / part, each=2)
+    with pytest.raises(DataError, match=r"has test and train and val in it.*as data\.train"):
+        read_images(tmp_path / "all", recipe().data, part="train")
+    assert len(read_images(tmp_path / "all/val", recipe().data, part="test").labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit", "hidden_size": 8, "num_attention_heads": 2}, "grey images of 16"),
+        ({**RESNET, "num_channels": 3}, "grey images of 16 pixels.*num_channels"),
+    ],
+)
+def test_a_base_that_does_not_take_the_images_is_refused(config, said):
+    made = make_config(config, where="recipe.base.config")
+    task = ImageClassification(("a", "b"), recipe().task, 0)
+    with pytest.raises(RecipeError, match=rf"recipe\.base\.config: it does not take {said}"):
+        task.adapt(made, where="recipe.base.config")
 
 
 def test_a_damaged_image_is_named_and_left_out_only_on_demand(pictures, tmp_path):
