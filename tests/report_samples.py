@@ -204,20 +204,25 @@ def frontier(students: tuple[StudentEntry, ...]) -> tuple[FrontierPoint, ...]:
     return tuple(found)
 
 
-def pictured() -> Report:
-    """A report on images, two students of which part with the teacher."""
+def pictured(kind: str = "image") -> Report:
+    """A report on images, rows or series, two students of which part with the teacher."""
     labels = ["T-shirt", "trouser", "pullover", EVIL]
     report, found = make_report(("large", "small", "like the teacher"), labels), []
     for n, kept in enumerate(report.students):
         examples = []
         for i in range(4 if n < 2 else 0):
-            pixels = np.random.default_rng(n + i).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-            image = "data:image/png;base64," + b64encode(png(pixels)).decode()
+            random = np.random.default_rng(n + i)
+            pixels = random.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+            shown = {
+                "image": "data:image/png;base64," + b64encode(png(pixels)).decode(),
+                "row": [["width", "2.5"], ["a_name_that_is_rather_long_for_a_column", EVIL]],
+                "series": random.normal(size=(2, 96)).cumsum(1).tolist() if i else [[1.0, 1.0]],
+            }[kind]
             sure = [Answer(label=labels[k], probability=p) for k, p in ((i, 0.7), (3 - i, 0.2))]
             examples.append(
                 Parting(
-                    image=image, label=labels[(i + n) % 4], teacher=tuple(sure),
-                    student=tuple(sure[::-1]), kl=2.5 - i / 2,
+                    label=labels[(i + n) % 4], teacher=tuple(sure), student=tuple(sure[::-1]),
+                    kl=2.5 - i / 2, **{kind: shown},
                 )
             )  # fmt: skip
         found.append(kept.model_copy(update={"partings": tuple(examples)}))
@@ -268,6 +273,8 @@ def wrote() -> Report:
 CASES = {
     "texts": wrote(),
     "images": pictured(),
+    "rows": pictured("row"),
+    "series": pictured("series"),
     "usual": make_report(),
     "one student, two classes": make_report(("only",), ["no", "yes"]),
     "twelve students": make_report(tuple(f"student-{i}" for i in range(12))),

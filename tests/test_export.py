@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -24,6 +26,7 @@ from limbeck import measure, runtime
 from limbeck.errors import MissingExtraError
 from limbeck.export.card import model_card
 from limbeck.export.onnx import export_onnx, quantize_int8
+from limbeck.export.static import quantize_static_int8
 from limbeck.tasks.text_classification import TextClassification
 from report_samples import EVIL, make_report
 from tiny_world import rows_of
@@ -341,3 +344,39 @@ def test_nothing_from_elsewhere_becomes_markup():
     outside = re.sub(r"```python\n.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     for markup in ("<script", "\n# x", "\n---", "```", "[a](b)"):
         assert markup not in outside
+
+
+def test_a_pooling_larger_than_the_image_is_right_in_int8(tmp_path):
+    """As EfficientNet has one: all of the map, whatever its size."""
+    random = np.random.default_rng(0)
+    weights = {
+        "kernel": random.normal(size=(16, 3, 3, 3)), "low": np.array(0), "high": np.array(6),
+        "head": random.normal(size=(16, 4)),
+    }  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "kernel"], ["map"], kernel_shape=[3, 3]),
+        onnx.helper.make_node("Clip", ["map", "low", "high"], ["clipped"]),
+        onnx.helper.make_node(
+            "AveragePool", ["clipped"], ["mean"], kernel_shape=[1280] * 2, strides=[1280] * 2,
+            ceil_mode=1, count_include_pad=1,
+        ),
+        onnx.helper.make_node("Flatten", ["mean"], ["flat"]),
+        onnx.helper.make_node("Gemm", ["flat", "head"], ["logits"]),
+    ]  # fmt: skip
+    of = partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph(
+        nodes, "g", [of("x", shape=["batch", 3, 12, 12])], [of("logits", shape=["batch", 4])],
+        [onnx.numpy_helper.from_array(v.astype(np.float32), n) for n, v in weights.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "fp32.onnx")
+    x = random.normal(size=(64, 3, 12, 12)).astype(np.float32)
+    quantize_static_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [{"x": x}])
+    asked = [
+        onnxruntime.InferenceSession(tmp_path / f"{name}.onnx").run(None, {"x": x})[0]
+        for name in ("fp32", "int8")
+    ]
+    assert np.corrcoef(*(a.ravel() for a in asked))[0, 1] > 0.99
+    assert (asked[0].argmax(1) == asked[1].argmax(1)).mean() > 0.9

@@ -36,7 +36,7 @@ LAYERS = (
         "runtime",
         "runtime_worker", "onnx_decoder", "benchmark_worker",
     },
-    {"findings", "stages", "teaching", "scaling", "evaluation", "trying", "texts",
+    {"findings", "stages", "teaching", "scaling", "evaluation", "partings", "trying", "texts",
      "benchmarks"},
     {"chatting"},
     {"lazily", "fetching"},

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from limbeck.errors import DataError, RecipeError, SourceError
-from limbeck.evaluation import partings
+from limbeck.models import make_config
+from limbeck.partings import partings
 from limbeck.recipe import Recipe
 from limbeck.recipe_file import validate
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import read_json, write_json
-from limbeck.tasks.image_classification import Rows, open_task, prepare
+from limbeck.tasks.image_classification import ImageClassification, Rows, open_task, prepare
 from limbeck.tasks.image_files import read_idx, read_images
 from limbeck.tasks.images import (
     augmented,
@@ -167,6 +168,39 @@ def test_an_empty_class_folder_is_named(pictures):
     (pictures / "kind 9" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match=r"recipe\.data\.train: .*kind 9 holds no image.*\.jpg"):
         read_images(pictures, recipe().data, part="train")
+
+
+def test_what_programs_leave_behind_is_no_class_and_other_files_are_told_of(pictures, tmp_path):
+    for name in (".ipynb_checkpoints/x.png", "__MACOSX/._x.png", "kind 0/.DS_Store"):
+        (pictures / name).parent.mkdir(exist_ok=True)
+        (pictures / name).write_bytes(b"no image")
+    (pictures / "kind 0/IMG_1.HEIC").write_bytes(b"no image that Pillow reads")
+    _, about = prepared(tmp_path, pictures, recipe())
+    assert about["labels"] == ["kind 0", "kind 1", "kind 2"] and sum(about["rows"].values()) == 60
+    (said,) = about["warnings"]
+    assert said.startswith("Passed over") and said.endswith(": kind 0/IMG_1.HEIC.")
+
+
+def test_a_folder_that_is_split_already_is_no_folder_of_classes(tmp_path):
+    for part in ("train", "test", "val"):
+        write_images(tmp_path / "all" / part, each=2)
+    with pytest.raises(DataError, match=r"has test and train and val in it.*as data\.train"):
+        read_images(tmp_path / "all", recipe().data, part="train")
+    assert len(read_images(tmp_path / "all/val", recipe().data, part="test").labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit", "hidden_size": 8, "num_attention_heads": 2}, "grey images of 16"),
+        ({**RESNET, "num_channels": 3}, "grey images of 16 pixels.*num_channels"),
+    ],
+)
+def test_a_base_that_does_not_take_the_images_is_refused(config, said):
+    made = make_config(config, where="recipe.base.config")
+    task = ImageClassification(("a", "b"), recipe().task, 0)
+    with pytest.raises(RecipeError, match=rf"recipe\.base\.config: it does not take {said}"):
+        task.adapt(made, where="recipe.base.config")
 
 
 def test_a_damaged_image_is_named_and_left_out_only_on_demand(pictures, tmp_path):
@@ -388,7 +422,8 @@ def test_the_images_that_are_shown_are_those_furthest_apart_of_the_parted():
     one = rows()
     random = np.random.default_rng(1)
     teacher, student = (random.normal(0, 3, (12, 3)).astype(np.float32) for _ in range(2))
-    found = partings(one, teacher, student, ["a", "b", "c"])
+    task = ImageClassification(("a", "b", "c"), recipe().task, 0)
+    found = partings(task, one, teacher, student)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher, student))
     apart = (p * np.log(p / q)).sum(1)
     wanted = [i for i in np.argsort(-apart) if p[i].argmax() != q[i].argmax()][:8]

@@ -233,6 +233,19 @@ def test_pictures_on_which_a_student_parts_are_on_the_page_and_told_in_the_text(
     assert said in markdown(report) and "Where they part" not in markdown(CASES["usual"])
 
 
+def test_rows_and_series_on_which_a_student_parts_are_shown_too() -> None:
+    rows, series = page(CASES["rows"]), page(CASES["series"])
+    words = "".join(_Page(rows).words)
+    assert words.count("width") >= 8 and "2.5" in words and "the right one bold" in words
+    assert rows.count("<dl>") == 8 and series.count("<polyline") == 14
+    assert "nan" not in series
+    for kind in ("rows", "series"):
+        assert f"of {CASES[kind].students[0].fidelity.n:,} {kind}" in markdown(CASES[kind])
+    good = CASES["rows"].students[0].partings[0].model_dump()
+    with pytest.raises(ValidationError, match="not one example"):
+        Parting.model_validate({**good, "series": [[1.0, 2.0]]})
+
+
 def test_a_picture_is_a_png_in_the_report_itself() -> None:
     good = CASES["images"].students[0].partings[0].model_dump()
     for image in ("https://a.org/a.png", 'data:image/png;base64,A" onload="x', "data:text/html,x"):

@@ -89,6 +89,8 @@ def test_numbers_are_labels_too(tmp_path):
     [
         ("r.csv", b"txt,label\na,b\n", {}, ["no column 'text'", "allowed: txt, label", "'txt'?"]),
         ("r.csv", b"text,text,label\na,b,c\n", {}, ["2 columns are called 'text'"]),
+        ("r.csv", b"text;label\na;b\n", {}, ["called 'text;label'", "semicolon", "decimal point"]),
+        ("r.tsv", b"text|label\na|b\n", {}, ["called 'text|label'", "a bar between"]),
         ("r.csv", b"text,label\n", {}, ["r.csv has no rows"]),
         ("r.csv", b"", {}, ["no column 'text'"]),
         ("r.csv", b"text,label\na,b\na\n", {}, ["row 2: 1 fields", "allowed: 2: text, label"]),

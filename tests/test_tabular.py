@@ -244,6 +244,13 @@ def recipe_in(folder: Path, recipe: dict) -> Path:
     return folder / "recipe.yaml"
 
 
+def test_a_quantity_is_no_label(tmp_path):
+    about = {"train": "things.csv", "label": "weight", "test_fraction": 0.25}
+    folder = make_table_world(tmp_path, data=about)
+    with pytest.raises(DataError, match=r"data\.label: 2\d\d labels in 243 .*make ranges first"):
+        prepared(folder, task={"categories": ["colour", "kind"]})
+
+
 def test_a_category_that_only_test_rows_have(tmp_path):
     folder = make_table_world(tmp_path)
     rows = things(30, seed=1)

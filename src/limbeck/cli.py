@@ -145,7 +145,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         latency = "" if p.cost.latency_ms is None else f"{p.cost.latency_ms:.2f}"
         shape = ", ".join(f"{k} {v}" for k, v in p.shape.sizes.items())
         depths = {name: len(kept) for name, kept in p.shape.stacks.items()}
-        depths = depths or {"layers": len(p.shape.layers)}
+        if not depths and p.shape.layers:  # stages of one layer each have none to choose from
+            depths = {"layers": len(p.shape.layers)}
         shape += "".join(f", {name} {n}" for name, n in depths.items())
         size = f"{p.cost.size_bytes / 1e6:.2f}"
         rows.append([p.name, f"{p.cost.params:,}", size, latency, shape])

@@ -6,7 +6,6 @@ Stages of the pipeline like those in `stages`; imported only when one really run
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,20 +20,16 @@ from limbeck.judging import Asked
 from limbeck.linear import linear_predictions
 from limbeck.measure_language import document_bytes
 from limbeck.models import load_tokenizer, num_parameters
+from limbeck.partings import partings
 from limbeck.progress import Progress
 from limbeck.recipe import Recipe
 from limbeck.run import write_json
 from limbeck.tasks.estimators import is_estimator
-from limbeck.tasks.image_classification import Rows as ImageRows
-from limbeck.tasks.images import png, reduced
 from limbeck.tasks.task import Rows, Task, open_task
 from limbeck.tasks.text_classification import TextClassification
 
 _PARITY_ROWS = 256
 _SUMS = ("documents", "nll")  # of a language model's answers
-_PARTINGS = 8  # images of each student that the report shows
-_THUMBNAIL = 96  # pixels a side, at most
-_ANSWERS = 3
 _Said = tuple[Path, str, Path]  # a file, its format, where its answers lie
 
 prepare_torch()
@@ -130,39 +125,9 @@ def compare(
     mine, theirs = _answered(student, rows), _answered(teacher, rows)
     with progress.bar("compare", len(rows), "examples") as bar:
         found = task.judge.compare(theirs, mine, bar.advance)
-    if isinstance(rows, ImageRows):
-        found["partings"] = partings(
-            rows, theirs.said["logits"], mine.said["logits"], task.labels
-        )
+    if task.labels:
+        found["partings"] = partings(task, rows, theirs.said["logits"], mine.said["logits"])
     write_json(folder / "comparison.json", found)
-
-
-def partings(
-    rows: ImageRows, teacher: np.ndarray, student: np.ndarray, labels: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Images whose top answers differ, those first on which the logits (N, C) are furthest apart
-    (KL), as report.json spells them."""
-    apart = measure.kl(teacher, student)  # (N,)
-    parted = np.flatnonzero(teacher.argmax(1) != student.argmax(1))
-    chosen = parted[np.argsort(-apart[parted], kind="stable")][:_PARTINGS]
-    return [
-        {
-            "image": "data:image/png;base64,"
-            + b64encode(png(reduced(rows.pixels[i], _THUMBNAIL))).decode("ascii"),
-            "label": labels[rows.labels[i]],
-            "teacher": _top(teacher[i], labels),
-            "student": _top(student[i], labels),
-            "kl": float(apart[i]),
-        }
-        for i in chosen.tolist()
-    ]
-
-
-def _top(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    probs = np.exp(logits.astype(np.float64) - logits.max())
-    probs /= probs.sum()
-    best = np.argsort(-probs, kind="stable")[:_ANSWERS].tolist()
-    return [{"label": labels[i], "probability": float(probs[i])} for i in best]
 
 
 def _answered(said: _Said, rows: Rows) -> Asked:

@@ -224,7 +224,9 @@ def base_config(recipe: Recipe, task: Task, teacher: Path, model: Path | None) -
     if recipe.base is None:
         return task.read_config(teacher, where=named)
     if model is not None:
-        return task.read_config(model, where="recipe.base.model")
+        config = task.read_config(model, where="recipe.base.model")
+        task.adapt(config, where="recipe.base.model")
+        return config
     assert recipe.base.config is not None
     shared = {}
     if recipe.teacher.estimator is None:

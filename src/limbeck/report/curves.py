@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from limbeck.report.charts import linear_axis
 from limbeck.report.document import TrainingPoint
 from limbeck.report.drawing import svg, svg_text
 
-_WIDTH, _LEFT, _RIGHT = 400, 54, 12
+_WIDTH, _LEFT, _RIGHT = 400, 62, 12
 _MOST = 150  # points drawn in a curve: means of as many equal stretches
 LOSSES = {
     "loss": "total", "soft": "soft targets", "hard": "hard labels", "hidden": "hidden states",
@@ -86,7 +87,7 @@ def training_panel(name: str, points: Sequence[TrainingPoint]) -> str:
         bottom = top + 76
         percents = [(x, 100 * y) for x, y in validation]
         values = [y for _, y in percents]
-        body += _frame(top, bottom, values, "quality, %", ticks=3)
+        body += _frame(top, bottom, values, "quality, %", ticks=3, most=100)
         scale = _scale(values, top, bottom)
         body.append(f'<path class="curve validation" d="{_path(percents, last, scale)}"/>')
         for x, y in percents:
@@ -156,9 +157,10 @@ def _path(pairs: Pairs, last: float, scale: Scale) -> str:
 
 
 def _frame(
-    top: float, bottom: float, values: Sequence[float], label: str, ticks: int = 6
-) -> list[str]:
-    found, _, _ = linear_axis(values)
+    top: float, bottom: float, values: Sequence[float], label: str, ticks: int = 6,
+    most: float = math.inf,
+) -> list[str]:  # fmt: skip
+    found = [tick for tick in linear_axis(values)[0] if tick <= most]
     found = found[:: -(-len(found) // ticks)]
     scale = _scale(values, top, bottom)
     body = []

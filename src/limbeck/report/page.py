@@ -21,7 +21,7 @@ from limbeck.report.figures import (
     training_figures,
 )
 from limbeck.report.markdown import REPEAT
-from limbeck.report.pictures import pictures
+from limbeck.report.pictures import pictures, pictures_words
 from limbeck.report.tables import (
     Table,
     baselines_table,
@@ -89,9 +89,7 @@ def _sections(report: Report) -> Iterator[str]:
     if any(student.capabilities for student in report.students):
         yield section("What each student kept", _kept_words(report), _kept(report))
     if shown := pictures(report):
-        said = "Images that a student answers otherwise than its teacher, the furthest apart (KL) "
-        said += "first. Each model's three most probable answers; the right one is bold."
-        yield section("Where they part", said, shown)
+        yield section("Where they part", pictures_words(report), shown)
     if report.texts:
         yield section("What they write", texts_words(report.texts), writing(report))
     if report.benchmarks:

@@ -1,4 +1,4 @@
-"""The page's pictures: images on which a student parts with its teacher."""
+"""What a student answers otherwise than its teacher: images, rows of a table, series as curves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from limbeck.report.document import Report, StudentEntry
 from limbeck.report.parting import Answer, Parting
 from limbeck.report.tags import text, words
 from limbeck.report.wording import digits3, percent
+
+_WIDE, _HIGH = 160, 80  # of a series' curve
+_NOUNS = {"image": "images", "row": "rows", "series": "series"}
+
+
+def pictures_words(report: Report) -> str:
+    """What a reader has to know of them."""
+    kind = next(p.kind for s in report.students for p in s.partings)
+    said = f"{_NOUNS[kind].capitalize()} that a student answers otherwise than its teacher, the "
+    said += "furthest apart (KL) first; the label stands below. Each model's three most probable "
+    said += "answers, the right one bold."
+    if kind == "row":
+        said += " Of many columns those are shown in which the row is furthest from the mean."
+    return said
 
 
 def pictures(report: Report) -> str:
@@ -23,8 +37,8 @@ def parting_text(student: StudentEntry) -> str:
     found = student.fidelity
     if found is None:
         return "parts with the teacher"
-    parted = round((1 - found.agreement) * found.n)
-    return f"parts with the teacher on {parted:,} of {found.n:,} images"
+    parted, noun = round((1 - found.agreement) * found.n), _NOUNS[student.partings[0].kind]
+    return f"parts with the teacher on {parted:,} of {found.n:,} {noun}"
 
 
 def _card(index: int, student: StudentEntry) -> str:
@@ -37,12 +51,42 @@ def _card(index: int, student: StudentEntry) -> str:
 
 
 def _picture(parting: Parting, name: str) -> str:
-    about = f"an image of {parting.label}"
-    title = f"{parting.label}; KL {digits3(parting.kl)} nats"
     return (
-        f'<li><img src="{text(parting.image)}" alt="{text(about)}" title="{text(title)}">'
+        f'<li class="{parting.kind}"><div title="{text(digits3(parting.kl))} nats">'
+        f"{_shown(parting)}<p>{words(parting.label)}</p></div>"
         f"{_answers('teacher', parting.teacher, parting.label)}"
         f"{_answers(name, parting.student, parting.label)}</li>"
+    )
+
+
+def _shown(parting: Parting) -> str:
+    if parting.image is not None:
+        return f'<img src="{text(parting.image)}" alt="{text(f"an image of {parting.label}")}">'
+    if parting.row is not None:
+        cells = "".join(
+            f"<div><dt>{words(name)}</dt><dd>{words(value)}</dd></div>"
+            for name, value in parting.row
+        )
+        return f"<dl>{cells}</dl>"
+    assert parting.series is not None
+    return _curves(parting.series, f"a series of {parting.label}")
+
+
+def _curves(series: Sequence[Sequence[float]], about: str) -> str:
+    """All channels on one scale, which is the series' own."""
+    low, high = min(map(min, series)), max(map(max, series))
+    if low == high:  # a straight line, through the middle
+        low, high = low - 1, high + 1
+    drawn = ""
+    for index, channel in enumerate(series):
+        step = _WIDE / max(1, len(channel) - 1)
+        points = " ".join(
+            f"{i * step:.1f},{_HIGH * (high - v) / (high - low):.1f}" for i, v in enumerate(channel)
+        )
+        drawn += f'<polyline class="curve s{index}" points="{points}"/>'
+    return (
+        f'<svg viewBox="-2 -2 {_WIDE + 4} {_HIGH + 4}" role="img" aria-label="{text(about)}">'
+        f"{drawn}</svg>"
     )
 
 

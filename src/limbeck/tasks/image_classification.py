@@ -29,7 +29,7 @@ from limbeck.judging import OfClassifier
 from limbeck.recipe import Recipe
 from limbeck.recipe_task import AugmentSpec, ImageTask
 from limbeck.run import replaced, write_json
-from limbeck.tasks.image_files import ImageTable, read_images
+from limbeck.tasks.image_files import SUFFIXES, ImageTable, read_images
 from limbeck.tasks.image_models import head_labels, other_transform
 from limbeck.tasks.images import (
     PREPROCESSING,
@@ -158,8 +158,9 @@ class ImageClassification:
         models.label_config(config, self.labels)
         return config
 
-    def adapt(self, config: PretrainedConfig, *, where: str) -> None:  # noqa: ARG002 any is fine
+    def adapt(self, config: PretrainedConfig, *, where: str) -> None:
         models.label_config(config, self.labels)
+        _check_takes(self, config, where)
 
     def own_labels(self, folder: Path, *, where: str) -> tuple[str, ...] | None:
         return head_labels(models.read_any_config(folder, where=where, allowed=_ALLOWED))
@@ -230,13 +231,15 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
         recipe, table.labels, table.groups, None if test is None else test_table.labels
     )
     task = ImageClassification(tuple(labels), spec, recipe.seed)
-    said: list[str] = []
+    said = _passed_over([*table.others, *(test_table.others if test is not None else ())])
     if recipe.teacher.config is not None:
         models.make_config(recipe.teacher.config, where="recipe.teacher.config")
-        _check_takes(task, model, "recipe.teacher.config")
+        where = "recipe.teacher.config"
+        _check_takes(task, task.read_config(model, where=where), where)
     else:
-        _check_takes(task, model, "recipe.teacher.model")
-        said = other_transform(model, spec)
+        where = "recipe.teacher.model"
+        _check_takes(task, task.read_config(model, where=where), where)
+        said += other_transform(model, spec)
         own = task.own_labels(model, where="recipe.teacher.model")
         if own is not None and sorted(own) == labels:
             labels = list(own)  # in the order that the head has learnt
@@ -264,6 +267,14 @@ def prepare(recipe: Recipe, train: Path, test: Path | None, model: Path, folder:
     )  # fmt: skip
 
 
+def _passed_over(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f", and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    kinds = f"files that end in {', '.join(SUFFIXES)}"
+    return [f"Passed over, as images are {kinds}: {', '.join(names[:_NAMED])}{more}."]
+
+
 @dataclass
 class _Found:
     damaged: list[str]
@@ -276,9 +287,9 @@ class _Found:
             more = f"; and {n - _NAMED:,} more" if n > _NAMED else ""
             said.append(f"{n:,} damaged images were left out: {named}{more}.")
         if self.converted:
-            said.append(f"{self.converted} images had other channels and were converted.")
+            said.append(f"{self.converted:,} images had other channels and were converted.")
         if twins:
-            said.append(f"{twins} images of the test rows are pixel for pixel training images.")
+            said.append(f"{twins:,} images of the test rows are pixel for pixel training images.")
         return said
 
 
@@ -343,9 +354,8 @@ def _decode(
 
 
 @torch.no_grad()
-def _check_takes(task: ImageClassification, folder: Path, where: str) -> None:
+def _check_takes(task: ImageClassification, config: PretrainedConfig, where: str) -> None:
     """Raises RecipeError for a model that does not take the task's images."""
-    config = task.read_config(folder, where=where)
     shape = (2, *task.inputs(config)[0].dims)
     for device in ("meta", "cpu"):  # some models cannot be run without numbers
         try:
@@ -357,5 +367,6 @@ def _check_takes(task: ImageClassification, folder: Path, where: str) -> None:
     raise RecipeError(
         where, f"it does not take {task.spec.channels} images of {task.spec.size} pixels: {reason}",
         allowed=f"a model with {task.spec.num_channels} channels, and of this size where its own "
-        "is fixed", fix="set task.size and task.channels as it wants them, or choose another",
+        "is fixed", fix="set task.size and task.channels as it wants them (or its own config "
+        "as the task has them: image_size, num_channels), or choose another",
     )  # fmt: skip

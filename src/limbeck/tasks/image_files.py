@@ -18,7 +18,7 @@ import numpy as np
 
 from limbeck.errors import DataError
 from limbeck.recipe import DataSpec
-from limbeck.tasks.tables import named_label, require_columns
+from limbeck.tasks.tables import label_folders, named_label, require_columns
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 _PARTS = {"train": ("train",), "test": ("t10k", "test")}  # how IDX files begin
@@ -36,6 +36,7 @@ class ImageTable:
     names: Sequence[str]  # of each, for messages
     labels: list[str]
     groups: list[str] | None = None
+    others: Sequence[str] = ()  # files that are no images by their names, passed over
 
 
 def read_images(path: Path, spec: DataSpec, *, part: str) -> ImageTable:
@@ -72,14 +73,11 @@ def read_images(path: Path, spec: DataSpec, *, part: str) -> ImageTable:
 def _of_folder(path: Path, spec: DataSpec, where: str) -> ImageTable:
     contents: list[Content] = []
     labels: list[str] = []
-    folders = sorted(child for child in path.iterdir() if child.is_dir())
-    if not folders:
-        raise DataError(
-            where, f"{path} has no subfolders", allowed=_ALLOWED,
-            fix="name the folder above them, or a file",
-        )  # fmt: skip
-    for folder in folders:
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    others: list[str] = []
+    for folder in label_folders(path, where, _ALLOWED):
+        there = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+        files = [f for f in there if f.suffix.lower() in SUFFIXES]
+        others += [str(f.relative_to(path)) for f in there if f not in files]
         if not files:
             raise DataError(
                 where, f"{folder} holds no image",
@@ -88,7 +86,7 @@ def _of_folder(path: Path, spec: DataSpec, where: str) -> ImageTable:
         contents += files
         labels += [named_label(folder.name, spec, where)] * len(files)
     names = [str(file.relative_to(path)) for file in contents if isinstance(file, Path)]
-    return ImageTable(contents, names, labels)
+    return ImageTable(contents, names, labels, others=others)
 
 
 def _of_parquet(path: Path, spec: DataSpec, where: str) -> ImageTable:

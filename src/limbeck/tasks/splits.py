@@ -10,6 +10,8 @@ import numpy as np
 from limbeck.errors import DataError
 from limbeck.recipe import Recipe
 
+_MANY = 20  # labels that a handful of rows may have
+
 
 def hold_out(
     groups: Sequence[str] | None, rows: np.ndarray, fraction: float, seed: int, purpose: str
@@ -89,6 +91,12 @@ def divided(
     train_at = limited(train_at, data.max_train_rows, recipe.seed)
     test_at = limited(test_at, data.max_test_rows, recipe.seed)
     learnt = sorted({labels[i] for i in train_at})
+    if len(learnt) > max(_MANY, len(train_at) / 2):
+        raise DataError(
+            "recipe.data.label", f"{len(learnt):,} labels in {len(train_at):,} training rows: "
+            f"{', '.join(learnt[:3])}, ...", allowed="classes, with several rows each",
+            fix="name another column; of a quantity, make ranges first",
+        )  # fmt: skip
     check_labels(learnt, labels, validation_at, "recipe.data.train (validation rows)")
     check_labels(learnt, test_labels, test_at, "recipe.data.test")
     return learnt, (train_at, validation_at, test_at)

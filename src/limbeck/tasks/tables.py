@@ -14,7 +14,10 @@ from limbeck.errors import DataError
 from limbeck.recipe import DataSpec
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+_OTHERS = {";": "semicolon", "\t": "tab", "|": "bar"}
 _LISTED = 12
+# Names of folders that are parts of a data set and no labels.
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ def _delimited_rows(
                 next(file, None)
             lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
             columns = list(spec.columns) if spec.columns else next(lines, [])
+            _check_separator(columns, wanted, where)
             require_columns(wanted, columns, where)
             for number, line in enumerate(lines, start=1):
                 if not line:
@@ -126,6 +130,21 @@ def _delimited_rows(
                 f"{where}, behind row {number}", f"{path.name} is not readable as CSV: {error}",
                 allowed='fields in "quotes", a quote in them doubled', fix="mend the row",
             ) from None  # fmt: skip
+
+
+def _check_separator(columns: Sequence[str], wanted: Sequence[str], where: str) -> None:
+    """Raises DataError for one column that is plainly several: spreadsheets of half the world write
+    semicolons."""
+    if len(columns) > 1 or {*columns} & {*wanted}:
+        return
+    for name in columns:
+        if found := next((mark for mark in _OTHERS if mark in name), None):
+            raise DataError(
+                where, f"the one column is called {name[:60]!r}",
+                allowed="fields parted by commas (.csv) or tabs (.tsv, .tab)",
+                fix=f"the file has a {_OTHERS[found]} between them: write it with commas, and "
+                "numbers with a decimal point",
+            )  # fmt: skip
 
 
 def _json_rows(path: Path, wanted: Sequence[str], where: str) -> Iterator[dict[str, Any]]:
@@ -165,19 +184,34 @@ def _parquet_rows(
         ) from None  # fmt: skip
 
 
+def label_folders(path: Path, where: str, allowed: str) -> list[Path]:
+    """The subfolders, one per label, but for those that programs leave behind. Raises DataError for
+    none, or for those of a data set that is split already."""
+    folders = sorted(
+        child for child in path.iterdir()
+        if child.is_dir() and not child.name.startswith((".", "__MACOSX"))
+    )  # fmt: skip
+    names = {folder.name.lower() for folder in folders}
+    if not folders:
+        raise DataError(
+            where, f"{path} has no subfolders", allowed=allowed,
+            fix="name the folder above them, or a file",
+        )  # fmt: skip
+    if "train" in names and len(names) > 1 and names <= _SPLITS:
+        raise DataError(
+            where, f"{path} has {' and '.join(sorted(folder.name for folder in folders))} in it",
+            allowed=allowed, fix="name the one to learn from as data.train, another as data.test",
+        )  # fmt: skip
+    return folders
+
+
 def _folder_rows(path: Path, spec: DataSpec, where: str) -> Iterator[dict[str, Any]]:
     if spec.group is not None:
         raise DataError(
             where, "data.group has no effect on a folder of texts", allowed="a file with columns",
             fix="remove it",
         )  # fmt: skip
-    folders = sorted(child for child in path.iterdir() if child.is_dir())
-    if not folders:
-        raise DataError(
-            where, f"{path} has no subfolders", allowed="one subfolder per label",
-            fix="name the folder above them, or a file",
-        )  # fmt: skip
-    for folder in folders:
+    for folder in label_folders(path, where, "one subfolder per label"):
         files = sorted(folder.glob("*.txt"))
         if not files:
             raise DataError(
