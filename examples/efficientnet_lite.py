@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with its ImageNet weights as a teacher: a folder that `teacher.model` takes.
 
-    python examples/efficientnet_lite.py efficientnet-lite0
+    python examples/efficientnet_lite.py efficientnet-lite0      # examples/efficientnet.yaml uses it
 
     task: {kind: image-classification, size: 224, channels: rgb,
            mean: [0.498, 0.498, 0.498], std: [0.502, 0.502, 0.502]}      # (x - 127) / 128
