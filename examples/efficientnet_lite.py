@@ -6,10 +6,12 @@
            mean: [0.498, 0.498, 0.498], std: [0.502, 0.502, 0.502]}      # (x - 127) / 128
     teacher: {model: efficientnet-lite0, tune: {epochs: 2, learning_rate: 1.0e-3, ...}}
 
-17 MB of downloads (Apache-2.0). Lite is EfficientNet-B0 without squeeze-and-excitation, and with
-ReLU6 (Tan & Le 2019, arXiv:1905.11946). transformers' EfficientNet always has squeeze-and-
-excitation, so its gates are made to stand open: sigmoid(0 x + 20) is exactly 1 in fp32, has no
-gradient, and stays so while the teacher is tuned. They add 0.6 M idle parameters.
+`examples/efficientnet.yaml` is a recipe that uses it. 17 MB of downloads (Apache-2.0).
+
+Lite is EfficientNet-B0 without squeeze-and-excitation, and with ReLU6 (Tan & Le 2019,
+arXiv:1905.11946). transformers' EfficientNet always has squeeze-and-excitation, so its gates are
+made to stand open: sigmoid(0 x + 20) is exactly 1 in fp32, has no gradient, and stays so while the
+teacher is tuned. They add 0.6 M idle parameters.
 """
 
 from __future__ import annotations

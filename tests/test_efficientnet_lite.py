@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from limbeck.recipe_file import load_recipe
 from limbeck.recipe_task import ImageTask
 from limbeck.tasks.image_classification import ImageClassification
 
@@ -124,6 +125,13 @@ def test_a_saved_folder_is_a_teacher_with_a_new_head(tmp_path):
         mine, theirs = (m.eval().efficientnet(images).pooler_output for m in (made, loaded))
         assert torch.equal(mine, theirs)
         assert loaded(pixel_values=images).logits.shape == (2, 3)
+
+
+def test_the_recipe_beside_it_fits_its_weights():
+    asked, _ = load_recipe(Path(__file__).parent.parent / "examples/efficientnet.yaml")
+    assert asked.task.size % 32 == 0 and asked.task.channels == "rgb"
+    assert asked.task.mean == pytest.approx((127 / 255,) * 3, abs=1e-3)
+    assert asked.task.std == pytest.approx((128 / 255,) * 3, abs=1e-3)
 
 
 @pytest.mark.network
