@@ -8,8 +8,8 @@ digit first, `47+58+12=` -> `501,711` (reasoning-gym's `chain_sum`, spelt for a 
 digits alone). A teacher of a third of a million
 parameters is taught it on 60,000 chains. Its student has a tenth of that and 2,000 chains to learn
 from; it is cut from the teacher as `limbeck distill` does. All arms have the same start, rows,
-batch and time: each training has one core for itself, what a step costs there is measured first,
-and what each training took in the end is printed. Accuracy is exact match of the last total,
+batch and processor time: each training has one core, what a step costs there is measured first, and
+what each training took in the end is printed (the process's own time: neighbours do not count). Accuracy is exact match of the last total,
 greedy, on 1,000 chains that neither has seen; a seed is an order of the rows and the draws.
 `--choose` tries the settings of each arm (`_TRIES`, as many for every arm but the one without a
 teacher) on 500 further chains with a seed of its own; what it chose lies in DIR/chosen.json, where
@@ -193,13 +193,13 @@ def arm(job: tuple[Path, str, Sequence[str], float, int, Pairs]) -> tuple[float,
     run, name, changes, seconds_given, seed, pairs = job
     seconds = []
     for steps in (40, 160):
-        start = time.perf_counter()
+        start = time.process_time()
         once(run, name, changes, steps, 0)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     steps = max(40, round(seconds_given / ((seconds[1] - seconds[0]) / 120)))
-    start = time.perf_counter()
+    start = time.process_time()
     folder, said = once(run, name, changes, steps, seed)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     return accuracy(folder, pairs), steps, took, said
 
 
