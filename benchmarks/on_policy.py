@@ -8,9 +8,10 @@ digit first, `47+58+12=` -> `501,711` (reasoning-gym's `chain_sum`, spelt for a 
 digits alone). A teacher of a third of a million
 parameters is taught it on 60,000 chains. Its student has a tenth of that and 2,000 chains to learn
 from; it is cut from the teacher as `limbeck distill` does. All arms have the same start, rows,
-batch and processor time: each training has one core, what a step costs there is measured first, and
-what each training took in the end is printed (the process's own time: neighbours do not count). Accuracy is exact match of the last total,
-greedy, on 1,000 chains that neither has seen; a seed is an order of the rows and the draws.
+batch and processor time: each training has one core, what a step costs there is measured first,
+and what each training took in the end is printed (the process's own time: neighbours do not
+count). Accuracy is exact match of the last total, greedy, on 1,000 chains that neither has seen; a
+seed is an order of the rows and the draws.
 `--choose` tries the settings of each arm (`_TRIES`, as many for every arm but the one without a
 teacher) on 500 further chains with a seed of its own; what it chose lies in DIR/chosen.json, where
 the next call takes it from, or else it is the first of each. `--jobs`
