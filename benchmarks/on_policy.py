@@ -3,11 +3,11 @@
     python benchmarks/on_policy.py [--seeds 5] [--cpu-s 60] [--jobs 2] [--choose] [--quick]
                                    [--work DIR] [--json FILE]
 
-The task can be checked: chains of two to four two-digit numbers with their running totals, lowest
+The task can be checked: chains of three two-digit numbers with their running totals, lowest
 digit first, `47+58+12=` -> `501,711` (reasoning-gym's `chain_sum`, spelt for a model that knows
-digits alone). A teacher of a third of a million
-parameters is taught it on 60,000 chains. Its student has a tenth of that and 2,000 chains to learn
-from; it is cut from the teacher as `limbeck distill` does. All arms have the same start, rows,
+digits alone). A teacher of a third of a million parameters is taught it on 60,000 chains of two to
+four. Its student has a tenth of that and 2,000 chains to learn from; it is cut from the teacher as
+`limbeck distill` does. All arms have the same start, rows,
 batch and processor time: each training has one core, what a step costs there is measured first,
 and what each training took in the end is printed (the process's own time: neighbours do not
 count). Accuracy is exact match of the last total, greedy, on 1,000 chains that neither has seen; a
@@ -77,12 +77,14 @@ _T_OF = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by numbe
 Pairs = list[tuple[str, str]]
 
 
-def chains(count: int, seed: int, but: Sequence[Pairs] = ()) -> Pairs:
+def chains(
+    count: int, seed: int, but: Sequence[Pairs] = (), *, numbers: tuple[int, int] = (3, 3)
+) -> Pairs:
     """Prompts and completions, none twice and none of `but`."""
     draw, found = random.Random(seed), []
     seen = {prompt for pairs in but for prompt, _ in pairs}
     while len(found) < count:
-        terms = [draw.randint(10, 99) for _ in range(draw.randint(2, 4))]
+        terms = [draw.randint(10, 99) for _ in range(draw.randint(*numbers))]
         prompt = "+".join(map(str, terms)) + "="
         if prompt in seen:
             continue
@@ -232,7 +234,9 @@ def main() -> None:
     work = options.work or Path(tempfile.mkdtemp(prefix="limbeck-"))
     work.mkdir(parents=True, exist_ok=True)
     asked, tried = chains(1000, 1), chains(500, 2)
-    theirs = chains(6000 if options.quick else 60_000, 3, [asked, tried])
+    theirs = chains(
+        6000 if options.quick else 60_000, 3, [asked, tried], numbers=(2, 4)
+    )
     ours = chains(2000, 4, [asked, tried])
     teach(work / "teacher", 150 if options.quick else 3000, theirs)
     write_rows(ours, work / "rows.jsonl")
