@@ -25,6 +25,7 @@ from limbeck.progress import Silent
 from limbeck.quantization import Rounding
 from limbeck.recipe_file import load_recipe
 from limbeck.recipe_teaching import QuantizationAwareSpec
+from limbeck.run import read_json
 from limbeck.stages import places_of, read_plan
 from limbeck.step import Training
 from limbeck.tasks.task import open_task
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     recipe, _ = load_recipe(asked.run)
+    if "auto" in recipe.precisions:
+        recipe = recipe.in_precision(read_json(asked.run / "precision/precision.json")["faster"])
     places, task = places_of(asked.run), open_task(recipe, asked.run / "data")
     student = recipe.student(asked.student)
     shape = read_plan(asked.run / "students" / student.name / "plan").shape
