@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,7 +253,7 @@ def small():
 def test_a_training_lowers_its_loss_and_saves_no_projector(tmp_path):
     model = small()
     names = {*model.state_dict()}
-    training = lesson(epochs=30)
+    training = replace(lesson(epochs=30), looks=20)
     train(model, training, tmp_path, Silent())
     assert {*model.state_dict()} == names
     moved = [p for feature in training.objective.features for p in feature.parameters()]
