@@ -23,10 +23,8 @@ from typing import Literal
 from limbeck import teaching
 from limbeck.progress import Silent
 from limbeck.quantization import Rounding
-from limbeck.recipe_file import load_recipe
 from limbeck.recipe_teaching import QuantizationAwareSpec
-from limbeck.run import read_json
-from limbeck.stages import places_of, read_plan
+from limbeck.stages import places_of, read_plan, settled_recipe
 from limbeck.step import Training
 from limbeck.tasks.task import open_task
 from limbeck.train import train
@@ -45,9 +43,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    recipe, _ = load_recipe(asked.run)
-    if "auto" in recipe.precisions:
-        recipe = recipe.in_precision(read_json(asked.run / "precision/precision.json")["faster"])
+    recipe = settled_recipe(asked.run)
     places, task = places_of(asked.run), open_task(recipe, asked.run / "data")
     student = recipe.student(asked.student)
     shape = read_plan(asked.run / "students" / student.name / "plan").shape

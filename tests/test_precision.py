@@ -8,6 +8,7 @@ import yaml
 import limbeck
 from limbeck import precision
 from limbeck.recipe_file import load_recipe
+from limbeck.stages import settled_recipe
 from tiny_images import make_image_world
 from tiny_world import Said, make_world, quickly
 
@@ -32,6 +33,8 @@ def test_auto_takes_what_is_faster_and_stays_with_it(tmp_path, found, chosen):
     assert report.recipe["teacher"]["tune"]["precision"] == "fp32", "as asked"
     assert f"precision: {chosen}, as bf16 takes" in said
     assert load_recipe(tmp_path / "out")[0].distill.training.precision == "auto"
+    settled = settled_recipe(tmp_path / "out")
+    assert settled.distill.training.precision == chosen, "what signals are checked in, say"
     again, said = distilled(tmp_path, SLOW if found is FAST else FAST)
     assert again.recipe["distill"]["training"]["precision"] == chosen, "another machine goes on"
     assert {"architecture: unchanged", "students/one/hf: unchanged"} <= {*said.splitlines()}

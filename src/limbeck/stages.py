@@ -148,9 +148,18 @@ def capture(
         )  # fmt: skip
 
 
+def settled_recipe(run: Path) -> Recipe:
+    """That of a run, in the precision that its machine was found to be fast in."""
+    recipe, _ = load_recipe(run)
+    if "auto" not in recipe.precisions:
+        return recipe
+    kept = run / "precision/precision.json"  # none where bf16 was out of the question
+    return recipe.in_precision(read_json(kept)["faster"] if kept.exists() else "fp32")
+
+
 def verify_signals(run: Path, num_rows: int) -> Verification:
     """A run's signals against its own teacher and rows. Raises DataError where they are others."""
-    recipe, _ = load_recipe(run)
+    recipe = settled_recipe(run)
     teacher, data = run / "teacher/hf", run / "data"
     task = open_task(recipe, data)
     open_store(run / "signals", made_from=signal_origins(task, teacher, data))

@@ -32,6 +32,7 @@ from limbeck.teachers.live import LiveTeacher
 from limbeck.types import Batch, Need, Teacher
 
 _CALIBRATION_STEPS = 4
+_LOOKS, _STEPS_A_LOOK = (4, 20), 25  # at gradients: each costs a step and more
 _LONG = 4  # rows of which no more are worked on together are long: one is enough for a core
 _PROBE = 64  # examples that projectors start from
 _WHOLE = {  # divergences that no head can be fused with
@@ -54,13 +55,23 @@ class Training:
     title: str
     validate: Callable[[nn.Module], float] | None = None  # quality, a fraction; at each quarter
     balance: str = "fixed"
-    looks: int | None = None  # times that the terms' gradients are held against each other
+    looks: int | None = None  # at the terms' gradients, held against each other; None: a few
     quantization: QuantizationAwareSpec | None = None  # some steps are on rounded weights
     on_policy: OnPolicy | None = None  # some steps are on the model's own texts
 
     @property
     def steps(self) -> int:
         return max(1, round(self.spec.epochs * len(self.rows) / self.spec.batch_size))
+
+    @property
+    def look_every(self) -> int:
+        """Steps from one look at the terms' gradients to the next; 0: none."""
+        looks = self.looks
+        if looks is None:
+            few, many = _LOOKS
+            looks = min(many, max(few, self.steps // _STEPS_A_LOOK))
+        several = len(self.objective.weights) > 1
+        return max(1, self.steps // looks) if several and looks else 0
 
     @cached_property
     def own_steps(self) -> np.ndarray:

@@ -295,12 +295,12 @@ def choose_temperature(
 
 def loss_and_accuracy(rows: Rows, model: Callable[..., Any]) -> tuple[float, float]:
     """Mean cross-entropy with the labels, nats, and the share of right answers: of what counts."""
-
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
+    ours = isinstance(model, nn.Module)  # or answers arrays
+    device = next(model.parameters()).device if ours else torch.device("cpu")  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def look(batch: Batch) -> tuple[float, int, int]:
-        batch = batch.to(torch.device(device))
+        batch = batch.to(device)
         logits = model(**batch.inputs).logits[batch.mask]  # (P, V)
         labels = batch.labels[batch.mask]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")

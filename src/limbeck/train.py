@@ -35,7 +35,6 @@ from limbeck.statistics import forget, measure_statistics
 from limbeck.step import Training, start_balance, start_features, start_head
 
 _LOG_EVERY = 10  # steps
-_LOOKS, _STEPS_A_LOOK = (4, 20), 25  # at gradients
 _BALANCE_RATE = 0.02  # learning rate of what a balance learns
 _SAVE_EVERY = 20.0  # seconds; what a kill can cost, or more where saving takes long:
 _SAVE_LESS = 1.5  # times as rarely for each second of it, so that it has a thirtieth of the time
@@ -107,13 +106,7 @@ def _train(
     begun = saved = shown = time.monotonic()
     wait = _SAVE_EVERY
     logged, wrote = first, 0.0
-    every = 0
-    few, many = _LOOKS
-    looks = training.looks
-    if looks is None:  # each costs a step and more
-        looks = min(many, max(few, training.steps // _STEPS_A_LOOK))
-    if len(objective.weights) > 1 and looks:
-        every = max(1, training.steps // looks)
+    every = training.look_every
     rounding = Rounding(sizes[0].model, training.quantization, training.steps)
     quarters = {math.ceil(training.steps * k / 4) for k in (1, 2, 3, 4)}
     with progress.bar(training.title, training.steps, "steps", done=first) as bar:

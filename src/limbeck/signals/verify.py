@@ -94,7 +94,7 @@ def _same_again(
             if values.shape != then[name].shape or not torch.equal(counts, stored):
                 largest = float("inf")
             elif len(values):
-                apart = (values.float() - then[name].float()).abs().max()
+                apart = (values.float().cpu() - then[name].float()).abs().max()
                 largest = max(largest, float(apart))
     if isinstance(codec, Text):
         largest = float(largest > 0)
