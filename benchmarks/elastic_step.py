@@ -90,7 +90,7 @@ def main() -> None:
         found = []
         for size in sizes:
             loss = loss_of(size.model(**inputs).logits, labels) / len(sizes)
-            gradients = torch.autograd.grad(loss, [p for _, p in size.trainable()])
+            gradients = torch.autograd.grad(loss, [p for _, p in size.trainable])
             found.append((size, gradients))
         pieces = gather(family, found)
         clip(pieces, 1.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -38,6 +38,17 @@ def shares(
         count = max(count, -(-num_examples // most))
     ends = [num_examples * i // count for i in range(count + 1)]
     return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def evenly(sizes: Sequence[int]) -> list[list[int]]:
+    """Positions of the sizes in a group for each core, whose sums are alike; some may be empty."""
+    groups: list[list[int]] = [[] for _ in range(cores())]
+    sums = [0] * len(groups)
+    for at in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = sums.index(min(sums))
+        groups[least].append(at)
+        sums[least] += sizes[at]
+    return groups
 
 
 def on_each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -106,7 +106,7 @@ class ElasticStep:
         self.learnt: dict[str, Tensor] = {}
         self.steps = {
             name: Step(family.sizes[name].model, training,
-                       [p for _, p in family.sizes[name].trainable()])
+                       [p for _, p in family.sizes[name].trainable])
             for name in self.sampling.drawn([*family.sizes])
         }  # fmt: skip
 
@@ -137,7 +137,7 @@ class ElasticStep:
             for gradient in found[name].gradient:
                 if gradient is not None and len(active) > 1:
                     gradient.mul_(1 / len(active))
-            last = found[name].gradient[len(size.trainable()) :]
+            last = found[name].gradient[len(size.trainable) :]
             for (where, parameter), gradient in zip(self.learnt.items(), last, strict=True):
                 if gradient is not None:
                     region = tuple(slice(0, n) for n in parameter.shape)

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Place:
         return small
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Size:
     """One member: a plain model whose parameters are views of the shared weights.
 
@@ -67,6 +68,7 @@ class Size:
     model: nn.Module
     places: Mapping[str, Place] = field(repr=False)  # by the model's own names
 
+    @cached_property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
@@ -81,7 +83,7 @@ class Size:
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
         """Before a forward, where the weights may have changed."""
         with torch.no_grad():
-            for name, parameter in self.trainable():
+            for name, parameter in self.trainable:
                 place = self.places[name]
                 if not place.is_view:
                     parameter.copy_(place.of(weights[place.shared]))

@@ -9,17 +9,19 @@ students 6 to 10 points: docs/log.md.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from limbeck.cores import evenly, on_each
 from limbeck.family import Family, Place, Region, Size
 
 _BETAS = (0.9, 0.98)
 _EPS = 1e-8
+_SMALL = 1 << 20  # weights, of which a core is sooner done than another has heard of it
 _PERIOD = 16  # steps after which idle rows are brought up to date
 
 
@@ -40,7 +42,7 @@ def gather(family: Family, found: Sequence[tuple[Size, Sequence[Tensor | None]]]
     """
     by_tensor: dict[str, list[tuple[Place, Tensor]]] = {}
     for size, gradients in found:
-        for (name, _), gradient in zip(size.trainable(), gradients, strict=False):
+        for (name, _), gradient in zip(size.trainable, gradients, strict=False):
             if gradient is not None:
                 place = size.places[name]
                 by_tensor.setdefault(place.shared, []).append((place, gradient))
@@ -182,9 +184,27 @@ class Table:
 def clip(pieces: Sequence[Piece], max_norm: float) -> Tensor:
     """Scales the whole gradient to at most this norm, in place; its norm before. ()"""
     values = [piece.values for piece in pieces]
-    found = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
-    torch._foreach_mul_(values, torch.clamp(max_norm / (found + 1e-6), max=1.0))
+    norms: dict[int, Tensor] = {}
+
+    def measure(part: Sequence[int]) -> None:
+        norms.update(zip(part, torch._foreach_norm([values[at] for at in part]), strict=True))
+
+    _on_cores(measure, values)
+    found = torch.linalg.vector_norm(torch.stack([norms[at] for at in range(len(values))]))
+    scale = torch.clamp(max_norm / (found + 1e-6), max=1.0)
+    if scale.device.type != "cpu" or scale < 1:  # to ask a GPU is to wait for it
+        _on_cores(lambda part: torch._foreach_mul_([values[at] for at in part], scale), values)
     return found
+
+
+def _on_cores(function: Callable[[Sequence[int]], None], values: Sequence[Tensor]) -> None:
+    """`function` of the positions of some of the values, on each core; on a GPU of all at once."""
+    sizes = [value.numel() for value in values]
+    if sum(sizes) < _SMALL or values[0].device.type != "cpu":
+        function(range(len(values)))
+        return
+    for _ in on_each(function, [part for part in evenly(sizes) if part]):
+        pass
 
 
 def _update(state: list[Tensor], g: Tensor, number: int, rate: float, decay: float) -> None:
@@ -201,13 +221,18 @@ def _update(state: list[Tensor], g: Tensor, number: int, rate: float, decay: flo
 def _update_whole(
     alike: Sequence[tuple[list[Tensor], Tensor]], number: int, rate: float, decay: float
 ) -> None:
-    """The same in one pass over memory, of tensors that are contiguous, many at a time: a GPU is
-    quicker with a tensor than Python with a call."""
-    states, gradients = zip(*alike, strict=True)
-    w, first, second = (list(kind) for kind in zip(*states, strict=True))
-    numbers = torch.full((len(w),), float(number - 1), device=w[0].device)
-    adamw(
-        w, [g.contiguous() for g in gradients], first, second, [], [*numbers.unbind()],
-        fused=True, amsgrad=False, beta1=_BETAS[0], beta2=_BETAS[1], lr=rate, weight_decay=decay,
-        eps=_EPS, maximize=False,
-    )  # fmt: skip
+    """The same in one pass over memory, of tensors that are contiguous: some on each core; many at
+    a time, as a GPU is quicker with a tensor than Python with a call."""
+
+    @torch.no_grad()
+    def update(part: Sequence[int]) -> None:
+        states, gradients = zip(*(alike[at] for at in part), strict=True)
+        w, first, second = (list(kind) for kind in zip(*states, strict=True))
+        numbers = torch.full((len(w),), float(number - 1), device=w[0].device)
+        adamw(
+            w, [g.contiguous() for g in gradients], first, second, [], [*numbers.unbind()],
+            fused=True, amsgrad=False, beta1=_BETAS[0], beta2=_BETAS[1], lr=rate,
+            weight_decay=decay, eps=_EPS, maximize=False,
+        )  # fmt: skip
+
+    _on_cores(update, [gradient for _, gradient in alike])

@@ -20,6 +20,7 @@ from limbeck.device import on_device
 from limbeck.errors import RecipeError
 from limbeck.heads import Tap, tap_head
 from limbeck.losses.sparse import CHUNK_BYTES
+from limbeck.matrices import Matrices, matrices_of
 from limbeck.objective import Objective, total
 from limbeck.observe import Observer
 from limbeck.on_policy import TERM, OnPolicy, Writer
@@ -117,6 +118,7 @@ class Step:
         self.observe = Observer(
             model, training.objective.student_layers, precision=training.spec.precision
         )
+        self.matrices = Matrices([])
         self.writer: Writer | None = None
         if training.on_policy is not None:
             self.writer = Writer(
@@ -160,16 +162,18 @@ class Step:
         counts = lesson.objective.counts(batches)
         self.ranks.add([*counts.values()])
         separate = (look and not from_own) or balance.separate
-        share = partial(self._share, lesson, step / training.steps, counts, separate)
         gradient = _Sum(self.parameters)
         by_term = {name: _Sum(self.parameters) for name in lesson.objective.weights}
         terms: dict[str, Tensor] = {}
-        for part in on_device(share, batches):
-            gradient.add(part.gradient, adopt=True)
-            for name, gradients in part.by_term.items():
-                by_term[name].add(gradients)
-            for name, value in part.values.items():
-                terms[name] = terms.get(name, 0) + value
+        with self.matrices.in_place() as copies:
+            leaves = [copies.get(id(p), p) for p in self.parameters]
+            share = partial(self._share, lesson, step / training.steps, counts, separate, leaves)
+            for part in on_device(share, batches):
+                gradient.add(part.gradient, adopt=True)
+                for name, gradients in part.by_term.items():
+                    by_term[name].add(gradients)
+                for name, value in part.values.items():
+                    terms[name] = terms.get(name, 0) + value
         self.ranks.add([*terms.values()])
         norms: dict[str, float] = {}
         cosines: dict[tuple[str, str], float] = {}
@@ -196,9 +200,9 @@ class Step:
 
     def _share(
         self, lesson: Training | OnPolicy, done: float, counts: Mapping[str, Tensor],
-        separate: bool, batch: Batch,
+        separate: bool, leaves: Sequence[Tensor], batch: Batch,
     ) -> _Part:  # fmt: skip
-        """What one share of a step adds."""
+        """What one share of a step adds; gradients are of `leaves`."""
         objective, balance = lesson.objective, self.balance
         counted, batch = int(batch.mask.sum()), batch.to(self.device)
         target = lesson.teacher.signal(batch, objective.needs)
@@ -210,13 +214,13 @@ class Step:
         if separate:
             for name, part in parts.items():
                 by_term[name] = torch.autograd.grad(
-                    part, self.parameters, retain_graph=True, allow_unused=True
+                    part, leaves, retain_graph=True, allow_unused=True
                 )
         gradient: Sequence[Tensor | None] = ()
         if not balance.separate:
             share = counted / int(counts["hard" if "hard" in counts else "soft"])
             loss = balance.total(parts, share)
-            gradient = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            gradient = torch.autograd.grad(loss, leaves, allow_unused=True)
         values = {name: part.detach() for name, part in parts.items()}
         return _Part(gradient=gradient, by_term=by_term, values=values)
 
@@ -250,6 +254,9 @@ class _Sum:
                 continue
             if mine is not None:
                 mine.add_(gradient)
+                continue
+            if gradient.dtype != self.parameters[at].dtype:  # a copy's (`matrices`)
+                self.found[at] = gradient.to(self.parameters[at].dtype)
                 continue
             # autograd may hand out one tensor for two parameters, or one number for a whole tensor
             own = adopt and not gradient.is_sparse and gradient.is_contiguous()
@@ -323,6 +330,16 @@ def start_head(step_of: Step) -> str | None:
         f"fused loss: {positions:,} positions x {classes:,} classes in chunks of "
         f"{chunk >> 20} MiB, where logits would take {size >> 20:,} MiB"
     )
+
+
+def start_matrices(step_of: Step) -> None:
+    """With bf16 each step rounds the model's matrices once, for all threads."""
+    training = step_of.training
+    if training.spec.precision == "bf16":
+        batch = training.rows.batch([0]).to(step_of.device)
+        step_of.matrices = Matrices(
+            matrices_of(step_of.model, partial(step_of.observe, batch, frozenset({Need.LOGITS})))
+        )
 
 
 def start_balance(step_of: Step, folder: Path) -> Balance:

@@ -32,7 +32,7 @@ from limbeck.recipe import TrainingSpec
 from limbeck.run import file_sha256, read_index, replaced, require_sha256, write_json
 from limbeck.shared_adamw import SharedAdamW, clip
 from limbeck.statistics import forget, measure_statistics
-from limbeck.step import Training, start_balance, start_features, start_head
+from limbeck.step import Training, start_balance, start_features, start_head, start_matrices
 
 _LOG_EVERY = 10  # steps
 _BALANCE_RATE = 0.02  # learning rate of what a balance learns
@@ -82,6 +82,7 @@ def _train(
         start_features(one)
         if (said := start_head(one)) is not None:
             progress.say(f"{training.title}: {said}")
+        start_matrices(one)
         forget(size.model)
         size.model.train()
     if training.on_policy is not None and training.on_policy.note is not None:

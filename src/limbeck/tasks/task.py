@@ -11,6 +11,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -246,6 +247,9 @@ def some(rows: _Rows, n: int, *, seed: int) -> _Rows:
     return rows.sample(min(n, math.ceil(_ENOUGH / each)), seed=seed)
 
 
+@lru_cache(4)  # each step asks for its epoch's
 def order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation that depends on seed and epoch alone: a resume needs no state."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    """A permutation that depends on seed and epoch alone: a resume needs no state. Read-only."""
+    found = np.random.default_rng((seed, epoch)).permutation(n)
+    found.flags.writeable = False
+    return found

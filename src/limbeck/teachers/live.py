@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from limbeck.device import compute_device
 from limbeck.heads import tap_head
+from limbeck.matrices import matrices_of, round_for_good
 from limbeck.observe import Observer
 from limbeck.types import Batch, Need, Signal
 
@@ -27,14 +30,22 @@ class LiveTeacher:
         model.to(self.device)
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self._observe = Observer(model, layers, precision=precision)
+        self._bf16, self._rounded, self._lock = precision == "bf16", False, threading.Lock()
 
     def leave_head(self, batch: Batch) -> None:
         """From now on logits are left to whoever wants them: a signal has the head and what it
         multiplies, where the model is found to have one on this batch."""
         if self._observe.tap is None:
-            found = tap_head(self.model, batch.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._rounded):
+                found = tap_head(self.model, batch.to(self.device))
             self._observe.tap = None if isinstance(found, str) else found
 
     @torch.inference_mode()
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:
-        return self._observe(batch.to(self.device), needs)
+        batch = batch.to(self.device)
+        with self._lock:  # several threads may come first
+            if self._bf16 and not self._rounded:
+                ask = partial(self._observe, batch, needs)
+                round_for_good(matrices_of(self.model, ask))
+                self._rounded = True
+        return self._observe(batch, needs)
