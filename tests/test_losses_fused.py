@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from limbeck.losses import fused
 from limbeck.losses.divergence import cross_entropy, forward_kl
 from limbeck.losses.fused import (
+    Against,
     Head,
     Term,
     against_head,
@@ -135,6 +136,45 @@ def test_a_sample_equals_its_dense_cross_entropy():
     target = torch.zeros(P, V, dtype=torch.float64).scatter_add(-1, ids, weights.double())
     values = F.cross_entropy(plain_logits(leaf, weight.detach()), target, reduction="none")
     assert_close(gradient, torch.autograd.grad((values * WEIGHT).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("head", [{}, {"logit_scale": 0.3}, {"bias": 3 * randn(V, seed=8)}])
+def test_what_is_made_in_the_place_of_logits_equals_autograds(temperature, head):
+    """A sample with a slot that is empty and an id drawn twice; and labels, where T is theirs."""
+    hidden, weight = student()
+    ids = torch.stack([LABELS, LABELS, (LABELS + 1) % V, torch.zeros_like(LABELS)], -1)
+    weights = torch.tensor([[0.5, 0.2, 0.4, 0.0]]).expand(P, -1)
+    terms = [Term(loss=against_sample(ids, weights, temperature=temperature), weight=WEIGHT)]
+    if temperature == 1:
+        terms.append(Term(loss=against_labels(LABELS), weight=WEIGHT.flip(0)))
+
+    def run(terms):
+        found = fused_loss(hidden, Head(weight=weight, **head), terms)
+        return found, torch.autograd.grad(found.total * 3, (hidden, weight))
+
+    plainly = [Term(loss=Against(P, term.loss.loss), weight=term.weight) for term in terms]
+    (mine, gradients), (wanted, expected) = run(terms), run(plainly)
+    assert_close(mine.total, wanted.total.detach())
+    for value, other in zip(mine.values, wanted.values, strict=True):
+        assert_close(value, other)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert_close(gradient, other)
+
+
+def test_in_the_place_of_logits_too_nan_spreads_and_a_class_that_is_ruled_out_does_not():
+    hidden, weight = student()
+    bias = torch.zeros(V)
+    bias[3] = -torch.inf
+    labels = torch.full((P,), 3)
+    term = Term(loss=against_labels(labels), weight=torch.ones(P))
+    found = fused_loss(hidden, Head(weight=weight, bias=bias), [term])
+    gradients = torch.autograd.grad(found.total, (hidden, weight))
+    assert (found.values[0] >= 1e29).all() and found.total.isfinite()
+    assert all(g.isfinite().all() for g in gradients)
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    assert fused_loss(hidden, Head(weight=weight), [term]).total.isnan()
 
 
 def test_positions_without_weight_are_free_and_may_hold_anything():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Matrices:
     @contextmanager
     def in_place(self) -> Iterator[dict[int, Tensor]]:
         """Within, the layers have the copies; by the `id` of the weight that each stands for."""
-        own = [layer.weight for layer in self.layers]
+        own = [cast(nn.Parameter, layer.weight) for layer in self.layers]
         for _ in on_device(_renew, zip(self.copies, own, strict=True)):
             pass
         self._put(self.copies)

@@ -30,7 +30,7 @@ from limbeck.losses.divergence import (
     standardize,
     tvd,
 )
-from limbeck.losses.fused import Rows, Term, fused_loss
+from limbeck.losses.fused import Picked, Rows, Term, against_labels, fused_loss
 from limbeck.losses.ranking import ranking
 from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
 from limbeck.temperature import Fixed, Temperature
@@ -108,10 +108,7 @@ class Objective:
         labels = batch.labels[batch.mask]  # (P,)
         losses: dict[str, Callable[[Tensor, Rows], Tensor]] = {}
         if self.soft_weight and self.places is None:
-            targets = self._targets(student, teacher, batch)
-            losses["soft"] = lambda logits, rows: self._soft(
-                logits, labels[rows], targets(rows), done
-            )
+            losses["soft"] = self._softly(student, teacher, batch, labels, done)
         if self.hard_weight:
             losses["hard"] = self._hard(labels, batch)
         if student.head is not None:
@@ -130,6 +127,26 @@ class Objective:
         if self.places is not None:
             terms["soft"] = self._uld(student, teacher, self.places(batch), done)
         return terms
+
+    def _softly(
+        self, student: Signal, teacher: Signal, batch: Batch, labels: Tensor, done: float
+    ) -> Callable[[Tensor, Rows], Tensor]:
+        targets = self._targets(student, teacher, batch)
+
+        def loss(logits: Tensor, rows: Rows) -> Tensor:
+            return self._soft(logits, labels[rows], targets(rows), done)
+
+        stored = teacher.targets
+        if not isinstance(stored, SparseTargets) or stored.kind != "sampled":
+            return loss
+
+        def at(rows: Rows) -> tuple[Tensor, Tensor]:
+            some = targets(rows)
+            assert isinstance(some, SparseTargets)
+            return some.ids, some.probs
+
+        t = stored.temperature
+        return Picked(num_positions=len(labels), loss=loss, at=at, temperature=t, factor=t**2)
 
     def _uld(self, student: Signal, teacher: Signal, places: Tensor, done: float) -> LossTerm:
         """Of the places (B, T) that the teacher's tokenizer has too, in their order."""
@@ -199,6 +216,8 @@ class Objective:
 
     def _hard(self, labels: Tensor, batch: Batch) -> Callable[[Tensor, Rows], Tensor]:
         """Of two labels where two examples are mixed, by their shares."""
+        if batch.mixed is None and not self.smoothing:
+            return against_labels(labels)
         entropy = partial(cross_entropy, smoothing=self.smoothing)
         if batch.mixed is None:
             return lambda logits, rows: entropy(logits, labels[rows])

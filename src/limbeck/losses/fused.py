@@ -13,7 +13,9 @@ temperature squared and 1 / count are all known before the forward, so they are 
 one number is left to arrive from above, which multiplies what is stored.
 
 Any loss of `divergence` and `sparse` takes part unchanged: a chunk's gradient is autograd's own, so
-this path cannot optimise something else than the plain one does.
+this path cannot optimise something else than the plain one does. Where all terms pick a few
+log-probabilities (`Picked`: labels, a teacher's sample) their gradient is the softmax with a few
+numbers taken from it: it is made in the place of the chunk's logits, once for all terms.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.losses.divergence import cross_entropy
-from limbeck.losses.numerics import at_least_fp32, without_autocast
+from limbeck.losses.numerics import NEVER, at_least_fp32, without_autocast
 from limbeck.losses.sparse import rows_per_chunk, sampled_cross_entropy, sparse_divergence
 
 Rows = slice | Tensor  # some of the P positions
@@ -85,6 +87,20 @@ class Against:
         return self.loss(logits, rows)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picked:
+    """-factor * sum of weights * log q[ids], q at one temperature: linear in log-probabilities."""
+
+    num_positions: int
+    loss: Loss  # the same of any logits
+    at: Callable[[Rows], tuple[Tensor, Tensor]]  # ids (c, K) int64, weights (c, K)
+    temperature: float = 1.0
+    factor: float = 1.0
+
+    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
+        return self.loss(logits, rows)
+
+
 def against_logits(
     divergence: Callable[..., Tensor], teacher_logits: Tensor, *, temperature: float = 1.0
 ) -> Loss:
@@ -131,17 +147,22 @@ def against_sparse(
 
 def against_sample(ids: Tensor, weights: Tensor, *, temperature: float = 1.0) -> Loss:
     """`sampled_cross_entropy` from (P, K), (P, K)."""
-    return Against(
-        len(ids),
-        lambda logits, rows: sampled_cross_entropy(
+    return Picked(
+        num_positions=len(ids), temperature=temperature,
+        at=lambda rows: (ids[rows], weights[rows]),
+        loss=lambda logits, rows: sampled_cross_entropy(
             logits, ids[rows], weights[rows], temperature=temperature
         ),
-    )
+    )  # fmt: skip
 
 
 def against_labels(labels: Tensor) -> Loss:
     """Cross-entropy with hard labels (P,) int64, valid wherever any of the terms counts."""
-    return Against(len(labels), lambda logits, rows: cross_entropy(logits, labels[rows]))
+    ones = torch.ones(len(labels), 1, device=labels.device)
+    return Picked(
+        num_positions=len(labels), at=lambda rows: (labels[rows].unsqueeze(-1), ones[rows]),
+        loss=lambda logits, rows: cross_entropy(logits, labels[rows]),
+    )  # fmt: skip
 
 
 def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: bool = False) -> Fused:
@@ -160,7 +181,7 @@ def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: boo
                 f"weights {tuple(term.weight.shape)} must be one per position, hidden is "
                 f"{tuple(hidden.shape)}"
             )
-        if isinstance(term.loss, Against) and term.loss.num_positions != len(hidden):
+        if isinstance(term.loss, Against | Picked) and term.loss.num_positions != len(hidden):
             raise ValueError(
                 f"the teacher has {term.loss.num_positions} positions, hidden {len(hidden)}: are "
                 "both from the same tokens?"
@@ -248,6 +269,10 @@ def _chunk(
     linear = h @ w.T  # (c, V), never in bf16
     if b is not None:
         linear += b
+    picked = [term.loss for term in run.terms if isinstance(term.loss, Picked)]
+    alike = len({loss.temperature for loss in picked}) == 1 and len(picked) == len(run.terms)
+    if alike and run.head.softcap is None:
+        return _picked_chunk(linear, picked, [u[rows] for u in weights], rows)
     with torch.set_grad_enabled(any(run.wanted)):
         logits = _capped(linear.requires_grad_(any(run.wanted)), run.head.softcap)
         part = [term.loss(logits, rows) for term in run.terms]  # (c,) each
@@ -255,6 +280,33 @@ def _chunk(
         chunk_total = torch.stack(weighted).sum()
         g = torch.autograd.grad(chunk_total, linear)[0] if any(run.wanted) else linear
     return chunk_total.detach(), [v.detach() for v in part], g
+
+
+def _picked_chunk(
+    linear: Tensor, losses: Sequence[Picked], weights: Sequence[Tensor], rows: Rows
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """As `_chunk`, of logits (c, V) that become their gradient."""
+    t, sizes, drawn = losses[0].temperature, [], []
+    for loss, weight in zip(losses, weights, strict=True):
+        ids, w = loss.at(rows)
+        drawn.append((ids, at_least_fp32(w) * loss.factor, weight))
+        sizes.append(ids.shape[-1])
+    ids = torch.cat([ids for ids, *_ in drawn], -1)  # (c, K of all terms)
+    top = linear.amax(-1, keepdim=True)
+    scaled = linear.sub_(top.masked_fill_(top == -torch.inf, 0))
+    if t != 1:
+        scaled.div_(t)
+    inside = scaled.gather(-1, ids)
+    mass = scaled.exp_().sum(-1, keepdim=True)  # (c, 1); 0 where every class is ruled out
+    log_q = (inside - mass.log().clamp_min_(NEVER)).clamp_min_(NEVER)
+    values = [-(w * q).sum(-1) for (_, w, _), q in zip(drawn, log_q.split(sizes, -1), strict=True)]
+    total = torch.stack(
+        [(v * weight).sum() for v, (*_, weight) in zip(values, drawn, strict=True)]
+    ).sum()
+    pulled = torch.cat([w * (weight / t).unsqueeze(-1) for _, w, weight in drawn], -1)
+    pulled.masked_fill_(log_q <= NEVER, 0)  # a class at -inf takes no gradient
+    scaled.mul_(pulled.sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1))
+    return total, values, scaled.scatter_add_(-1, ids, -pulled)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
