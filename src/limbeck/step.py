@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck._startup import prepare_torch
+from limbeck.attention import register_attention
 from limbeck.balance import Balance, Uncertainty, UPGrad, calibrated
 from limbeck.cores import shares
 from limbeck.device import on_device
@@ -42,6 +43,7 @@ _WHOLE = {  # divergences that no head can be fused with
 }
 
 prepare_torch()
+register_attention()
 
 
 @dataclass(frozen=True, kw_only=True)
