@@ -141,11 +141,16 @@ def test_a_sample_equals_its_dense_cross_entropy():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("head", [{}, {"logit_scale": 0.3}, {"bias": 3 * randn(V, seed=8)}])
 def test_what_is_made_in_the_place_of_logits_equals_autograds(temperature, head):
-    """A sample with a slot that is empty and an id drawn twice; and labels, where T is theirs."""
+    """A sample with a slot that is empty and an id drawn twice; all of a padded vocabulary; and
+    labels, where T is theirs."""
     hidden, weight = student()
     ids = torch.stack([LABELS, LABELS, (LABELS + 1) % V, torch.zeros_like(LABELS)], -1)
     weights = torch.tensor([[0.5, 0.2, 0.4, 0.0]]).expand(P, -1)
-    terms = [Term(loss=against_sample(ids, weights, temperature=temperature), weight=WEIGHT)]
+    padded = TEACHER.masked_fill(torch.arange(V) == V - 1, -torch.inf)
+    terms = [
+        Term(loss=against_sample(ids, weights, temperature=temperature), weight=WEIGHT),
+        Term(loss=against_logits(forward_kl, padded, temperature=temperature), weight=WEIGHT / 3),
+    ]
     if temperature == 1:
         terms.append(Term(loss=against_labels(LABELS), weight=WEIGHT.flip(0)))
 

@@ -30,7 +30,7 @@ from limbeck.losses.divergence import (
     standardize,
     tvd,
 )
-from limbeck.losses.fused import Picked, Rows, Term, against_labels, fused_loss
+from limbeck.losses.fused import Picked, Rows, Term, Whole, against_labels, fused_loss
 from limbeck.losses.ranking import ranking
 from limbeck.losses.sparse import sampled_cross_entropy, sparse_divergence
 from limbeck.temperature import Fixed, Temperature
@@ -136,17 +136,22 @@ class Objective:
         def loss(logits: Tensor, rows: Rows) -> Tensor:
             return self._soft(logits, labels[rows], targets(rows), done)
 
-        stored = teacher.targets
-        if not isinstance(stored, SparseTargets) or stored.kind != "sampled":
+        stored, t = teacher.targets, self.temperature.fixed
+        if isinstance(stored, SparseTargets):
+            if stored.kind != "sampled":
+                return loss
+            t = stored.temperature
+            return Picked(
+                num_positions=len(labels), loss=loss, at=lambda rows: _few(targets(rows)),
+                temperature=t, factor=t**2,
+            )  # fmt: skip
+        plain = self.divergence == "forward_kl" and not (self.settings or self.standardized)
+        if not plain or t is None:
             return loss
-
-        def at(rows: Rows) -> tuple[Tensor, Tensor]:
-            some = targets(rows)
-            assert isinstance(some, SparseTargets)
-            return some.ids, some.probs
-
-        t = stored.temperature
-        return Picked(num_positions=len(labels), loss=loss, at=at, temperature=t, factor=t**2)
+        return Whole(
+            num_positions=len(labels), loss=loss, at=lambda rows: _all(targets(rows)),
+            temperature=t, factor=t**2,
+        )  # fmt: skip
 
     def _uld(self, student: Signal, teacher: Signal, places: Tensor, done: float) -> LossTerm:
         """Of the places (B, T) that the teacher's tokenizer has too, in their order."""
@@ -260,6 +265,16 @@ class Objective:
 def total(terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each term's share of the step's mean. () each."""
     return {name: term.total / counts[name].clamp_min(1) for name, term in terms.items()}
+
+
+def _few(targets: DenseTargets | SparseTargets) -> tuple[Tensor, Tensor]:
+    assert isinstance(targets, SparseTargets)
+    return targets.ids, targets.probs
+
+
+def _all(targets: DenseTargets | SparseTargets) -> Tensor:
+    assert isinstance(targets, DenseTargets)
+    return targets.logits
 
 
 def _sum(per_position: Tensor) -> LossTerm:

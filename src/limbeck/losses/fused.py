@@ -13,9 +13,10 @@ temperature squared and 1 / count are all known before the forward, so they are 
 one number is left to arrive from above, which multiplies what is stored.
 
 Any loss of `divergence` and `sparse` takes part unchanged: a chunk's gradient is autograd's own, so
-this path cannot optimise something else than the plain one does. Where all terms pick a few
-log-probabilities (`Picked`: labels, a teacher's sample) their gradient is the softmax with a few
-numbers taken from it: it is made in the place of the chunk's logits, once for all terms.
+this path cannot optimise something else than the plain one does. Where all terms are linear in
+log-probabilities (`Picked`: labels, a teacher's sample; `Whole`: its distribution) their gradient
+is the softmax less the targets: it is made in the place of the chunk's logits, for all terms at
+once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.losses.divergence import cross_entropy
+from limbeck.losses.divergence import cross_entropy, forward_kl
 from limbeck.losses.numerics import NEVER, at_least_fp32, without_autocast
 from limbeck.losses.sparse import rows_per_chunk, sampled_cross_entropy, sparse_divergence
 
@@ -101,10 +102,32 @@ class Picked:
         return self.loss(logits, rows)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """factor * KL(p || q) at one temperature, of a teacher's logits."""
+
+    num_positions: int
+    loss: Loss  # the same of any logits
+    at: Callable[[Rows], Tensor]  # logits (c, V)
+    temperature: float = 1.0
+    factor: float = 1.0
+
+    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
+        return self.loss(logits, rows)
+
+
 def against_logits(
     divergence: Callable[..., Tensor], teacher_logits: Tensor, *, temperature: float = 1.0
 ) -> Loss:
     """A divergence from dense teacher logits (P, V)."""
+    if divergence is forward_kl:
+        return Whole(
+            num_positions=len(teacher_logits), temperature=temperature,
+            at=lambda rows: teacher_logits[rows],
+            loss=lambda logits, rows: forward_kl(
+                logits, teacher_logits[rows], temperature=temperature
+            ),
+        )  # fmt: skip
     return Against(
         len(teacher_logits),
         lambda logits, rows: divergence(logits, teacher_logits[rows], temperature=temperature),
@@ -181,9 +204,10 @@ def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: boo
                 f"weights {tuple(term.weight.shape)} must be one per position, hidden is "
                 f"{tuple(hidden.shape)}"
             )
-        if isinstance(term.loss, Against | Picked) and term.loss.num_positions != len(hidden):
+        loss = term.loss
+        if isinstance(loss, Against | Picked | Whole) and loss.num_positions != len(hidden):
             raise ValueError(
-                f"the teacher has {term.loss.num_positions} positions, hidden {len(hidden)}: are "
+                f"the teacher has {loss.num_positions} positions, hidden {len(hidden)}: are "
                 "both from the same tokens?"
             )
     inputs = (hidden, head.weight, head.bias)
@@ -269,10 +293,12 @@ def _chunk(
     linear = h @ w.T  # (c, V), never in bf16
     if b is not None:
         linear += b
-    picked = [term.loss for term in run.terms if isinstance(term.loss, Picked)]
-    alike = len({loss.temperature for loss in picked}) == 1 and len(picked) == len(run.terms)
-    if alike and run.head.softcap is None:
-        return _picked_chunk(linear, picked, [u[rows] for u in weights], rows)
+    simple = [term.loss for term in run.terms if isinstance(term.loss, Picked | Whole)]
+    alike = len({loss.temperature for loss in simple}) == 1 and len(simple) == len(run.terms)
+    whole = any(isinstance(loss, Whole) for loss in simple)
+    if alike and run.head.softcap is None and not (whole and b is not None):
+        # (a bias may rule classes out for the student, which a whole distribution would notice)
+        return _in_place(linear, simple, [u[rows] for u in weights], rows)
     with torch.set_grad_enabled(any(run.wanted)):
         logits = _capped(linear.requires_grad_(any(run.wanted)), run.head.softcap)
         part = [term.loss(logits, rows) for term in run.terms]  # (c,) each
@@ -282,31 +308,59 @@ def _chunk(
     return chunk_total.detach(), [v.detach() for v in part], g
 
 
-def _picked_chunk(
-    linear: Tensor, losses: Sequence[Picked], weights: Sequence[Tensor], rows: Rows
+def _in_place(
+    linear: Tensor, losses: Sequence[Picked | Whole], weights: Sequence[Tensor], rows: Rows
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """As `_chunk`, of logits (c, V) that become their gradient."""
-    t, sizes, drawn = losses[0].temperature, [], []
-    for loss, weight in zip(losses, weights, strict=True):
-        ids, w = loss.at(rows)
-        drawn.append((ids, at_least_fp32(w) * loss.factor, weight))
-        sizes.append(ids.shape[-1])
-    ids = torch.cat([ids for ids, *_ in drawn], -1)  # (c, K of all terms)
-    top = linear.amax(-1, keepdim=True)
-    scaled = linear.sub_(top.masked_fill_(top == -torch.inf, 0))
+    t = losses[0].temperature
+    scaled = linear.sub_(_top(linear))
     if t != 1:
         scaled.div_(t)
-    inside = scaled.gather(-1, ids)
+    # each value is factor * (a + b * log of the softmax's mass)
+    parts: list[tuple[Tensor, Tensor]] = []
+    pulls: list[Tensor] = []  # (c, 1): what the softmax counts in the gradient
+    targets: list[tuple[Tensor | None, Tensor]] = []  # what is taken from it: at ids, or at all
+    for loss, weight in zip(losses, weights, strict=True):
+        pull = (weight * (loss.factor / t)).unsqueeze(-1)  # (c, 1)
+        if isinstance(loss, Picked):
+            ids, w = loss.at(rows)  # (c, K) each
+            w, z = at_least_fp32(w), scaled.gather(-1, ids).clamp_min_(NEVER)
+            parts.append((-(w * z).sum(-1), w.sum(-1)))
+            pulled = w.masked_fill(z <= NEVER, 0) * pull  # a class at -inf takes no gradient
+            pulls.append(pulled.sum(-1, keepdim=True))
+            targets.append((ids, pulled))
+        else:
+            x = at_least_fp32(loss.at(rows))
+            x = x - _top(x)  # a tensor of our own
+            if t != 1:
+                x.div_(t)
+            probs = x.clamp_min_(NEVER).exp()
+            total = probs.sum(-1, keepdim=True)
+            probs.div_(total)
+            apart = x.sub_(scaled).mul_(probs).sum(-1) - total.log().squeeze(-1)
+            parts.append((apart, torch.ones_like(apart)))
+            pulls.append(pull)
+            targets.append((None, probs.mul_(pull)))
+            del x, probs
     mass = scaled.exp_().sum(-1, keepdim=True)  # (c, 1); 0 where every class is ruled out
-    log_q = (inside - mass.log().clamp_min_(NEVER)).clamp_min_(NEVER)
-    values = [-(w * q).sum(-1) for (_, w, _), q in zip(drawn, log_q.split(sizes, -1), strict=True)]
-    total = torch.stack(
-        [(v * weight).sum() for v, (*_, weight) in zip(values, drawn, strict=True)]
-    ).sum()
-    pulled = torch.cat([w * (weight / t).unsqueeze(-1) for _, w, weight in drawn], -1)
-    pulled.masked_fill_(log_q <= NEVER, 0)  # a class at -inf takes no gradient
-    scaled.mul_(pulled.sum(-1, keepdim=True) / mass.masked_fill(mass == 0, 1))
-    return total, values, scaled.scatter_add_(-1, ids, -pulled)
+    log_mass = mass.log().clamp_min_(NEVER).squeeze(-1)
+    values = [
+        loss.factor * (a + b * log_mass) for loss, (a, b) in zip(losses, parts, strict=True)
+    ]
+    weighted = [(value * weight).sum() for value, weight in zip(values, weights, strict=True)]
+    scaled.mul_(torch.stack(pulls).sum(0) / mass.masked_fill(mass == 0, 1))
+    for where, taken in targets:
+        if where is None:
+            scaled.sub_(taken)
+        else:
+            scaled.scatter_add_(-1, where, -taken)
+    return torch.stack(weighted).sum(), values, scaled
+
+
+def _top(logits: Tensor) -> Tensor:
+    """(c, V) -> (c, 1); 0 where all are -inf."""
+    top = logits.amax(-1, keepdim=True)
+    return top.masked_fill_(top == -torch.inf, 0)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from limbeck.device import compute_device
-from limbeck.heads import tap_head
+from limbeck.heads import Tap, tap_head
 from limbeck.matrices import matrices_of, round_for_good
 from limbeck.observe import Observer
 from limbeck.types import Batch, Need, Signal
@@ -36,16 +36,24 @@ class LiveTeacher:
         """From now on logits are left to whoever wants them: a signal has the head and what it
         multiplies, where the model is found to have one on this batch."""
         if self._observe.tap is None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._rounded):
-                found = tap_head(self.model, batch.to(self.device))
+            found = self._tapped(batch.to(self.device))
             self._observe.tap = None if isinstance(found, str) else found
 
     @torch.inference_mode()
     def signal(self, batch: Batch, needs: frozenset[Need]) -> Signal:
         batch = batch.to(self.device)
-        with self._lock:  # several threads may come first
+        self._round(batch)
+        return self._observe(batch, needs)
+
+    def _tapped(self, batch: Batch) -> Tap | str:
+        self._round(batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._rounded):
+            return tap_head(self.model, batch)
+
+    def _round(self, batch: Batch) -> None:
+        """Once, by what the model does with this batch. Several threads may come first."""
+        with self._lock:
             if self._bf16 and not self._rounded:
-                ask = partial(self._observe, batch, needs)
+                ask = partial(self._observe, batch, frozenset({Need.LOGITS}))
                 round_for_good(matrices_of(self.model, ask))
                 self._rounded = True
-        return self._observe(batch, needs)
