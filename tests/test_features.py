@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, MobileNetV2Config
 
 from limbeck.features import Feature
 from limbeck.layermap import by_cka, last, layer_pairs, similarities, uniform
@@ -264,6 +265,43 @@ def test_a_training_lowers_its_loss_and_saves_no_projector(tmp_path):
     # the projectors start well, so there is little left to gain
     assert points[-1]["terms"]["hidden"] < 0.95 * points[0]["terms"]["hidden"]
     assert len(points[0]["cosines"]) == 6
+
+
+class Pictures(Rows):
+    """Rows, and a teacher that knows an embedding of each."""
+
+    fingerprint, provides = "t", frozenset({Need.EMBEDDING})
+
+    def batch(self, positions):
+        ids = torch.tensor(list(positions))
+        at = torch.arange(3 * 40 * 40).view(3, 40, 40) / 500
+        pixels = torch.cos(at * (1 + ids[:, None, None, None] % 7))
+        return Batch(
+            inputs={"pixel_values": pixels}, labels=ids % 5,
+            mask=torch.ones(len(ids), dtype=torch.bool), example_ids=ids,
+        )  # fmt: skip
+
+    def signal(self, batch, needs):
+        return Signal(embedding=torch.cos(batch.example_ids[:, None] * torch.arange(1.0, 7)))
+
+
+def test_a_projector_starts_from_states_as_they_are_learnt_of_a_model_without_statistics(tmp_path):
+    """A random MobileNetV2 in eval mode says 1e-20: the projector was 1e24, its gradient 0."""
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_config(
+        MobileNetV2Config(depth_multiplier=0.35, image_size=40, num_labels=5)
+    )
+    training = Training(
+        rows=Pictures(), teacher=Pictures(), seed=0, title="t", looks=2,
+        objective=Objective(hard_weight=1.0, features=(Feature(loss="cosine", weight=0.5),)),
+        spec=TrainingSpec(epochs=0.5, batch_size=12, learning_rate=1e-3),
+    )  # fmt: skip
+    train(model, training, tmp_path, Silent())
+    (projector,) = [p for f in training.objective.features for p in f.parameters()]
+    assert float(projector.detach().abs().max()) < 1e3
+    first = json.loads((tmp_path / "training.jsonl").read_text().splitlines()[0])
+    assert first["gradients"]["embedding"] > 1e-3 * first["gradients"]["hard"]
+    assert first["terms"]["embedding"] < 0.5
 
 
 def gradient(**changes):

@@ -19,7 +19,7 @@ LAYERS = (
     },
     {"recipe_file"},
     {"run"},
-    {"nets", "precision"},
+    {"nets", "precision", "attention", "matrices"},
     {"models", "sources", "cache", "archives", "debian", "fast_tokenizer"},
     {"gguf_source"},
     {"heads", "causal"},

@@ -79,12 +79,12 @@ def _train(
     for size, one in zip(sizes, step_of.steps.values(), strict=True):
         no_dropout(size.model)
         size.model.eval()
-        start_features(one)
         if (said := start_head(one)) is not None:
             progress.say(f"{training.title}: {said}")
         start_matrices(one)
         forget(size.model)
         size.model.train()
+        start_features(one)  # of states as they will be: a random start has no statistics yet
     if training.on_policy is not None and training.on_policy.note is not None:
         progress.say(f"{training.title}: {training.on_policy.note}")
     step_one = next(iter(step_of.steps.values()))
