@@ -35,9 +35,10 @@ def attention(
 ) -> Any:  # fmt: skip
     """(B, H, T, D) each. As transformers has it, but for short rows that are learnt under autocast
     on a CPU."""
-    learns = torch.is_grad_enabled() and query.requires_grad
-    short = query.device.type == "cpu" and max(query.shape[2], key.shape[2]) <= _SHORT
-    if not (learns and short and torch.is_autocast_enabled("cpu")):
+    # a model that is being exported is never asked for its sizes, which have no numbers there
+    learns = torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and query.requires_grad
+    on_cpu = query.device.type == "cpu"
+    if not (learns and on_cpu and max(query.shape[2], key.shape[2]) <= _SHORT):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     with _AllHeadsAtOnce():
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
