@@ -25,7 +25,8 @@ class LiveTeacher:
         self, model: nn.Module, fingerprint: str, layers: Sequence[str] = (), *,
         precision: str = "fp32",
     ) -> None:  # fmt: skip
-        """`layers`: the hidden states that will be asked for, by number or path; none: all."""
+        """`layers`: the hidden states that will be asked for, by number or path; none: all. With
+        bf16 the model's matrices are rounded for good at the first question."""
         self.device = compute_device()
         model.to(self.device)
         self.model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
