@@ -1,7 +1,7 @@
 """Attention that is learnt under autocast on a CPU over short rows: one product for all heads.
 
 torch's own for CPUs takes heads one by one, each with a fixed cost where it multiplies in bf16:
-over 20 tokens it takes seven times as long, over 128 three times, over 1,024 less
+over 20 tokens it takes four times as long, over 128 twice, from 512 on no longer
 (`benchmarks/attention.py`). This one holds as little between forward and backward: scores are made
 twice (FlashAttention, Dao et al. 2022, arXiv:2205.14135, sec. 3.1, without its tiles). They stay
 fp32; `device.products_in` says how they are multiplied.
@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from limbeck.losses.numerics import without_autocast
 
-_SHORT = 512  # tokens
+_SHORT = 256  # tokens
 
 
 def register_attention() -> None:
