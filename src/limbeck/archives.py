@@ -35,7 +35,7 @@ _METADATA_BYTES = 1_000_000
 _CHUNK = 1 << 20
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, struct.error,
-    EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError,
+    EOFError, OverflowError, RuntimeError, ValueError,
 )  # fmt: skip
 """All that zipfile raises for bytes that are no proper zip file, or an encrypted one."""
 

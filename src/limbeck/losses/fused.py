@@ -89,31 +89,24 @@ class Against:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picked:
-    """-factor * sum of weights * log q[ids], q at one temperature: linear in log-probabilities."""
+class Picked(Against):
+    """-factor * sum of weights * log q[ids], q at one temperature: linear in log-probabilities.
 
-    num_positions: int
-    loss: Loss  # the same of any logits
+    `loss` says the same of any logits.
+    """
+
     at: Callable[[Rows], tuple[Tensor, Tensor]]  # ids (c, K) int64, weights (c, K)
     temperature: float = 1.0
     factor: float = 1.0
 
-    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
-        return self.loss(logits, rows)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Whole:
-    """factor * KL(p || q) at one temperature, of a teacher's logits."""
+class Whole(Against):
+    """factor * KL(p || q) at one temperature, of a teacher's logits. As `Picked`."""
 
-    num_positions: int
-    loss: Loss  # the same of any logits
     at: Callable[[Rows], Tensor]  # logits (c, V)
     temperature: float = 1.0
     factor: float = 1.0
-
-    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
-        return self.loss(logits, rows)
 
 
 def against_logits(
@@ -205,7 +198,7 @@ def fused_loss(hidden: Tensor, head: Head, terms: Sequence[Term], *, retain: boo
                 f"{tuple(hidden.shape)}"
             )
         loss = term.loss
-        if isinstance(loss, Against | Picked | Whole) and loss.num_positions != len(hidden):
+        if isinstance(loss, Against) and loss.num_positions != len(hidden):
             raise ValueError(
                 f"the teacher has {loss.num_positions} positions, hidden {len(hidden)}: are "
                 "both from the same tokens?"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from limbeck.device import compute_device
-from limbeck.heads import Tap, tap_head
+from limbeck.heads import tap_head
 from limbeck.matrices import matrices_of, round_for_good
 from limbeck.observe import Observer
 from limbeck.types import Batch, Need, Signal
@@ -37,7 +37,10 @@ class LiveTeacher:
         """From now on logits are left to whoever wants them: a signal has the head and what it
         multiplies, where the model is found to have one on this batch."""
         if self._observe.tap is None:
-            found = self._tapped(batch.to(self.device))
+            batch = batch.to(self.device)
+            self._round(batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._rounded):
+                found = tap_head(self.model, batch)
             self._observe.tap = None if isinstance(found, str) else found
 
     @torch.inference_mode()
@@ -45,11 +48,6 @@ class LiveTeacher:
         batch = batch.to(self.device)
         self._round(batch)
         return self._observe(batch, needs)
-
-    def _tapped(self, batch: Batch) -> Tap | str:
-        self._round(batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._rounded):
-            return tap_head(self.model, batch)
 
     def _round(self, batch: Batch) -> None:
         """Once, by what the model does with this batch. Several threads may come first."""
